@@ -1,0 +1,118 @@
+"""What every exact solver returns: one face for the chain, the 1-D quadrature and the continuous limit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ctrl.check import Array
+from ctrl.policy import Policy
+from ctrl.problem import Problem
+from ctrl.schedule import TimeGrid
+
+
+@dataclass(frozen=True, eq=False)
+class Terminal:
+    """Law of X_N: mean (d,), cov (d, d); by quadrature also its density (n,) at points (n,)."""
+
+    mean: Array
+    cov: Array
+    points: Array | None = None
+    density: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ExactGradient:
+    """dJ/dtheta (p,); for an AffinePolicy also dJ/dK (N, d, d) and dJ/dk (N, d)."""
+
+    theta: Array
+    K: Array | None = None
+    k: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    r"""Objective and its parts, without sampling.
+
+        objective = E[e^{-rho T} r(X_N)] - lambda E sum e^{-rho t_i} kappa_i D_i |a_i - s_i|^2 + gamma sum e^{-rho t_i} D_i H(pi_i)
+
+    expected_reward : E r(X_N), undiscounted        penalty : E sum kappa D |a - s|^2, undiscounted, at every eta
+    terminal_kl : KL(law of X_N || law of the pre-trained X_N), nats      gradient : computed on first access
+    method : "chain", "quadrature" or "limit"
+    Source: theory.md, sections 1 and 4.   Checked: tests/test_chain.py::test_reference_numbers
+    """
+
+    problem: Problem
+    objective: float
+    expected_reward: float
+    penalty: float
+    mean_penalty: float
+    terminal: Terminal
+    method: str
+    compute_terminal_kl: Callable[[], float]
+    compute_gradient: Callable[[], ExactGradient]
+
+    @property
+    def path_kl(self) -> float:
+        r"""KL(P_theta || P_pre) = E sum kappa D |mu - s|^2 in nats; never the tr Sigma of sampled actions. ValueError at eta = 0."""
+        self.problem.require_path_kl()
+        return self.mean_penalty
+
+    @cached_property
+    def terminal_kl(self) -> float:
+        return self.compute_terminal_kl()
+
+    @cached_property
+    def gradient(self) -> ExactGradient:
+        return self.compute_gradient()
+
+
+class Value(ABC):
+    r"""The value function of a policy on a grid, current-valued:
+
+        V_i(x) = E[ e^{-rho (t_N - t_i)} r(X_N) - lambda sum_{j>=i} e^{-rho (t_j - t_i)} kappa_j D_j |a_j - s_j|^2 | X_i = x ]
+
+    (+ entropy terms when entropy_weight > 0; no maximum: the policy is given.)
+    """
+
+    @abstractmethod
+    def __call__(self, i: int, x: Array) -> Array:
+        """V_i(x), (n, d) -> (n,)."""
+
+    @abstractmethod
+    def gradient(self, i: int, x: Array) -> Array:
+        """grad V_i(x), (n, d) -> (n, d)."""
+
+    @abstractmethod
+    def action_value(self, i: int, x: Array, a: Array) -> Array:
+        """Q_i(x, a) = -lambda kappa D |a - s|^2 + e^{-rho D} E[V_{i+1}(X_{i+1}) | x, a], (n, d), (n, d) -> (n,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Advantage:
+    r"""The advantage rate in closed form (theory.md, section 6).
+
+        q(t, x, a) = h (a - mu).grad V - lambda kappa ( |a - s|^2 - |mu - s|^2 - tr Sigma )      (tr Sigma only for sampled actions)
+
+    q(i, x, a) : (n, d), (n, d) -> (n,), reward units per time.  (Q_i - V_i)/D - q = O(D).  Centred: E_{a ~ pi} q = 0.
+    Source: theory.md, section 6.   Checked: tests/test_chain.py::test_advantage_is_centred_and_first_order
+    """
+
+    problem: Problem
+    policy: Policy
+    grid: TimeGrid
+    value: Value
+
+    def __call__(self, i: int, x: Array, a: Array) -> Array:
+        c = self.problem.coefficients(self.grid)
+        mu = self.policy.mean(self.grid, i, x)
+        s = self.problem.score(float(self.grid.times[i]), x)
+        cov = self.policy.exploration_cov(self.grid)
+        spread = 0.0 if cov is None else float(np.trace(cov[i]))
+        cost = np.sum((a - s) ** 2, axis=1) - np.sum((mu - s) ** 2, axis=1) - spread
+        push = np.sum((a - mu) * self.value.gradient(i, x), axis=1)
+        return c.h[i] * push - self.problem.kl_weight * c.kappa[i] * cost

@@ -1,0 +1,215 @@
+r"""Normals as a pure function of (seed, stream, path, step, coordinate): Philox4x32-10, then Box-Muller.
+
+    key = seed,   counter = (path low, path high, step // 4, coordinate | stream << 28)  ->  words w_0, w_1, w_2, w_3
+    u_j = (w_j + 1/2) 2^-32,   (z_{4m}, z_{4m+1}) = sqrt(-2 log u_0) (cos, sin)(2 pi u_1),   (z_{4m+2}, z_{4m+3}) likewise
+
+The counter *is* the coordinates of the number, so nothing has a state. Logarithm, sine and cosine are polynomials written
+out here, because calls into the C library keep the loop over lanes from becoming vector instructions.
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011); polynomials: fdlibm (float64), Cephes (float32).
+Checked: tests/test_noise.py::test_known_answers, tests/test_noise.py::test_specification
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import intrinsic, overload
+
+LANES = 256
+FAST = {"contract", "nsz", "arcp", "afn"}  # keeps NaN and infinity; no reassociation
+STEP, START, ACTION, COMPONENT = 0, 1, 2, 3  # streams
+
+# Philox4x32-10
+M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+HIGH = np.uint64(32)
+
+# Angles: nearest quarter turn, and the sign of each function on it
+EIGHTH, QUARTER_SHIFT = np.uint32(0x20000000), np.uint32(30)
+U1, U2 = np.uint32(1), np.uint32(2)
+
+# float32: exponent split at sqrt(1/2), then Cephes
+SQRT_HALF_32, MANTISSA_32 = np.int32(0x3F3504F3), np.int32(23)
+TOP_32, ZERO_32 = np.int32(31), np.int32(0)
+ONE_32, HALF_32, MINUS_2_32 = np.float32(1), np.float32(0.5), np.float32(-2)
+ULP_WORD_32, ANGLE_32 = np.float32(2.0**-32), np.float32(2 * math.pi * 2.0**-32)
+LN2_HI_32, LN2_LO_32 = np.float32(0.693359375), np.float32(-2.12194440e-4)
+A0, A1, A2 = np.float32(7.0376836292e-2), np.float32(-1.1514610310e-1), np.float32(1.1676998740e-1)
+A3, A4, A5 = np.float32(-1.2420140846e-1), np.float32(1.4249322787e-1), np.float32(-1.6668057665e-1)
+A6, A7, A8 = np.float32(2.0000714765e-1), np.float32(-2.4999993993e-1), np.float32(3.3333331174e-1)
+SA, SB, SC = np.float32(-1.9515295891e-4), np.float32(8.3321608736e-3), np.float32(-1.6666654611e-1)
+CA, CB, CC = np.float32(2.443315711809948e-5), np.float32(-1.388731625493765e-3), np.float32(4.166664568298827e-2)
+
+# float64: the same split, then fdlibm
+SQRT_HALF_64, MANTISSA_64 = np.uint64(0x3FE6A09E667F3BCD), np.uint64(52)
+BIAS_64, SIGN_64 = np.uint64(64 << 52), np.uint64(62)
+TWO_52_BITS, TWO_52_PLUS_64 = np.uint64(0x4330000000000000), 2.0**52 + 64.0
+ULP_WORD_64, ANGLE_64 = 2.0**-32, 2 * math.pi * 2.0**-32
+LN2_HI_64, LN2_LO_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+G1, G2, G3, G4 = 6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01, 2.222219843214978396e-01
+G5, G6, G7 = 1.818357216161805012e-01, 1.531383769920937332e-01, 1.479819860510658591e-01
+S1, S2, S3 = -1.66666666666666324348e-01, 8.33333333332248946124e-03, -1.98412698298579493134e-04
+S4, S5, S6 = 2.75573137070700676789e-06, -2.50507602534068634195e-08, 1.58969099521155010221e-10
+C1, C2, C3 = 4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767294178e-05
+C4, C5, C6 = -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.13596475577881948265e-11
+
+
+@intrinsic
+def as_bits(typing_context: Any, x: Any) -> Any:
+    """The bits of a float as a signed integer of the same width."""
+    return _bitcast(x, {types.float32: types.int32, types.float64: types.int64}[x])
+
+
+@intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """The float with these bits."""
+    wide = bits in (types.int64, types.uint64)
+    return _bitcast(bits, types.float64 if wide else types.float32)
+
+
+def _bitcast(source: Any, target: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(target))
+
+    return target(source), generate
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def philox(path, c2, c3, k0, k1):
+    """Four random words of one counter (path, c2, c3) under the key (k0, k1); all u32 but path, which is u64."""
+    c0, c1 = np.uint32(path), np.uint32(path >> HIGH)
+    for _ in range(10):
+        a = np.uint64(c0) * M0
+        b = np.uint64(c2) * M1
+        c0, c1 = np.uint32(np.uint32(np.uint32(b >> HIGH) ^ c1) ^ k0), np.uint32(b)
+        c2, c3 = np.uint32(np.uint32(np.uint32(a >> HIGH) ^ c3) ^ k1), np.uint32(a)
+        k0, k1 = np.uint32(k0 + W0), np.uint32(k1 + W1)
+    return c0, c1, c2, c3
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def words(key, first, keep, c2, c3, w0, w1, w2, w3):
+    """Philox for LANES consecutive paths, a row per word; `keep` clears the lowest path bit of antithetic noise."""
+    k0, k1 = np.uint32(key), np.uint32(key >> HIGH)
+    for lane in range(LANES):
+        path = np.uint64(np.uint64(first + np.uint64(lane)) & keep)
+        w0[lane], w1[lane], w2[lane], w3[lane] = philox(path, c2, c3, k0, k1)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def quarter_turns(w):
+    """Nearest quarter turn q (mod 4) of the angle 2 pi w 2^-32, and the signed remainder in words."""
+    q = np.uint32(np.uint32(w + EIGHTH) >> QUARTER_SHIFT)
+    return q, np.int32(np.uint32(w - np.uint32(q << QUARTER_SHIFT)))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def box_muller_32(wa, wb, za, zb):
+    """Two rows of words to two rows of float32 normals, each the float64 normal to float32 rounding."""
+    for lane in range(LANES):
+        # t = u below 1/2 and 1 - u above, so that log u = log1p(-t) keeps its relative accuracy as u -> 1.
+        w = np.int32(wa[lane])
+        flip = np.int32(w >> TOP_32)
+        t = (np.float32(np.int32(w ^ flip)) + HALF_32) * ULP_WORD_32
+        u = t if flip == ZERO_32 else ONE_32 - t
+        bits = as_bits(u)
+        e = np.int32(np.int32(bits - SQRT_HALF_32) >> MANTISSA_32)
+        f = as_float(np.int32(bits - np.int32(e << MANTISSA_32))) - ONE_32 if e < ZERO_32 else -t
+        k = np.float32(e)
+        y = ((((((((A0 * f + A1) * f + A2) * f + A3) * f + A4) * f + A5) * f + A6) * f + A7) * f + A8) * f * (f * f)
+        radius = np.float32(math.sqrt(MINUS_2_32 * (k * LN2_LO_32 + y - HALF_32 * (f * f) + f + k * LN2_HI_32)))
+        q, remainder = quarter_turns(wb[lane])
+        x = (np.float32(remainder) + HALF_32) * ANGLE_32
+        z = x * x
+        s = radius * (((SA * z + SB) * z + SC) * z * x + x)
+        c = radius * (((CA * z + CB) * z + CC) * z * z - HALF_32 * z + ONE_32)
+        odd = np.uint32(q & U1) == U1
+        cosine, sine = s if odd else c, c if odd else s
+        za[lane] = as_float(np.uint32(np.uint32(as_bits(cosine)) ^ np.uint32(np.uint32(np.uint32(q + U1) & U2) << QUARTER_SHIFT)))
+        zb[lane] = as_float(np.uint32(np.uint32(as_bits(sine)) ^ np.uint32(np.uint32(q & U2) << QUARTER_SHIFT)))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def box_muller_64(wa, wb, za, zb):
+    """Two rows of words to two rows of float64 normals, within a few units in the last place."""
+    for lane in range(LANES):
+        u = (np.float64(wa[lane]) + 0.5) * ULP_WORD_64  # exact
+        bits = np.uint64(as_bits(u))
+        # exponent + 64, so that the shift may be unsigned: vector units shift u64 but not i64
+        e = np.uint64(np.uint64(np.uint64(bits - SQRT_HALF_64) + BIAS_64) >> MANTISSA_64)
+        k = as_float(np.uint64(e | TWO_52_BITS)) - TWO_52_PLUS_64
+        f = as_float(np.uint64(np.uint64(bits - np.uint64(e << MANTISSA_64)) + BIAS_64)) - 1.0
+        s = f / (2.0 + f)
+        z = s * s
+        r = z * (G1 + z * (G2 + z * (G3 + z * (G4 + z * (G5 + z * (G6 + z * G7))))))
+        h = 0.5 * f * f
+        radius = math.sqrt(-2.0 * (k * LN2_HI_64 - ((h - (s * (h + r) + k * LN2_LO_64)) - f)))
+        q, remainder = quarter_turns(wb[lane])
+        x = (np.float64(remainder) + 0.5) * ANGLE_64
+        z = x * x
+        s = radius * (x + x * z * (S1 + z * (S2 + z * (S3 + z * (S4 + z * (S5 + z * S6))))))
+        c = radius * (1.0 - (0.5 * z - z * z * (C1 + z * (C2 + z * (C3 + z * (C4 + z * (C5 + z * C6)))))))
+        odd = np.uint32(q & U1) == U1
+        cosine, sine = s if odd else c, c if odd else s
+        za[lane] = as_float(np.uint64(np.uint64(as_bits(cosine)) ^ np.uint64(np.uint64(np.uint32(np.uint32(q + U1) & U2)) << SIGN_64)))
+        zb[lane] = as_float(np.uint64(np.uint64(as_bits(sine)) ^ np.uint64(np.uint64(np.uint32(q & U2)) << SIGN_64)))
+
+
+def box_muller(wa, wb, za, zb):
+    """Box-Muller in the precision of the output rows."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(box_muller, jit_options={"error_model": "numpy", "fastmath": FAST})
+def _box_muller(wa, wb, za, zb):
+    if za.dtype == types.float32:
+        return lambda wa, wb, za, zb: box_muller_32(wa, wb, za, zb)
+    return lambda wa, wb, za, zb: box_muller_64(wa, wb, za, zb)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def normals(key, first, antithetic, stream, group, dim, word, out):
+    """Normals of steps 4 group ... 4 group + 3 for LANES paths: out[r dim + j] is the row of step 4 group + r, coordinate j."""
+    keep = np.uint64(~np.uint64(antithetic))
+    for j in range(dim):
+        c3 = np.uint32(np.uint32(j) | np.uint32(np.uint32(stream) << np.uint32(28)))
+        words(key, first, keep, np.uint32(group), c3, word[0], word[1], word[2], word[3])
+        box_muller(word[0], word[1], out[j], out[dim + j])
+        box_muller(word[2], word[3], out[2 * dim + j], out[3 * dim + j])
+    if antithetic:
+        for row in range(4 * dim):
+            negate_odd(first, out[row])
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def negate_odd(first, row):
+    """Antithetic partners: path 2m + 1 carries path 2m's normals negated."""
+    for lane in range(LANES):
+        row[lane] = -row[lane] if np.uint64(np.uint64(first + np.uint64(lane)) & np.uint64(1)) else row[lane]
+
+
+@njit(cache=True, parallel=True, error_model="numpy", fastmath=FAST)
+def fill_normals(key, first, antithetic, stream, out):
+    """out[p, i, j] = normal of path first + p, step i, coordinate j; any float dtype, any number of paths."""
+    paths, steps, dim = out.shape
+    for block in prange((paths + LANES - 1) // LANES):
+        word = np.empty((4, LANES), np.uint32)
+        rows = np.empty((4 * dim, LANES), out.dtype)
+        begin = block * LANES
+        for group in range((steps + 3) // 4):
+            normals(key, np.uint64(first + np.uint64(begin)), antithetic, stream, group, dim, word, rows)
+            for lane in range(min(LANES, paths - begin)):
+                for r in range(min(4, steps - 4 * group)):
+                    for j in range(dim):
+                        out[begin + lane, 4 * group + r, j] = rows[r * dim + j, lane]
+
+
+@njit(cache=True, error_model="numpy")
+def fill_words(key, first, c2, c3, out):
+    """out[p] = the four words of counter (first + p, c2, c3): (n, 4) u32."""
+    k0, k1 = np.uint32(key), np.uint32(key >> HIGH)
+    for p in range(out.shape[0]):
+        out[p, 0], out[p, 1], out[p, 2], out[p, 3] = philox(np.uint64(first + np.uint64(p)), c2, c3, k0, k1)

@@ -1,0 +1,249 @@
+"""Terminal rewards r(x): one face, `value` (n, d) -> (n,) and `gradient` (n, d) -> (n, d) (theory.md, section 1)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import logsumexp
+
+from ctrl import check
+from ctrl.check import Array
+from ctrl.laws import Gaussian, GaussianMixture, Law
+
+COMPLEX_STEP = 1e-30
+
+
+class Quadratic(NamedTuple):
+    """r(x) = -1/2 x' matrix x + vector'x + constant: what the affine-Gaussian recursions need."""
+
+    matrix: Array
+    vector: Array
+    constant: float
+
+
+class Reward(ABC):
+    """A terminal reward; `dim` is None when any dimension will do."""
+
+    dim: int | None = None
+
+    @abstractmethod
+    def value(self, x: Array) -> Array:
+        """r(x), (n, d) -> (n,)."""
+
+    @abstractmethod
+    def gradient(self, x: Array) -> Array:
+        """grad r(x), (n, d) -> (n, d)."""
+
+    def quadratic(self, dim: int) -> Quadratic | None:
+        """Coefficients when the reward is (at most) quadratic, else None."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticReward(Reward):
+    r"""r(x) = -1/2 (x - c)'Q(x - c) + b'x.
+
+    matrix Q : (d, d), symmetric      center c : (d,)      linear b : (d,), default 0
+    Source: theory.md, section 1.   Checked: tests/test_reward.py::test_gradient_is_complex_step
+    """
+
+    matrix: Array
+    center: Array
+    linear: Array
+
+    def __init__(self, matrix: ArrayLike, center: ArrayLike, linear: ArrayLike | None = None) -> None:
+        c = check.array("center", center, (None,), "(d,)")
+        q = check.array("matrix", matrix, (c.size, c.size), f"({c.size}, {c.size})")
+        if not np.allclose(q, q.T, rtol=1e-10, atol=0):
+            raise ValueError(f"matrix: expected a symmetric matrix, got asymmetry {np.max(np.abs(q - q.T)):.3g}")
+        object.__setattr__(self, "center", c)
+        object.__setattr__(self, "matrix", q)
+        object.__setattr__(self, "linear", check.array("linear", np.zeros(c.size) if linear is None else linear, (c.size,)))
+        object.__setattr__(self, "dim", c.size)
+
+    def value(self, x: Array) -> Array:
+        y = x - self.center
+        return -0.5 * np.einsum("ni,ij,nj->n", y, self.matrix, y) + x @ self.linear
+
+    def gradient(self, x: Array) -> Array:
+        return -(x - self.center) @ self.matrix + self.linear
+
+    def quadratic(self, dim: int) -> Quadratic:
+        pull = self.matrix @ self.center
+        return Quadratic(self.matrix, pull + self.linear, -0.5 * float(self.center @ pull))
+
+
+@dataclass(frozen=True, eq=False)
+class LinearReward(Reward):
+    r"""r(x) = b'x.
+
+    linear b : (d,)
+    Source: theory.md, section 1.   Checked: tests/test_reward.py::test_gradient_is_complex_step
+    """
+
+    linear: Array
+
+    def __init__(self, linear: ArrayLike) -> None:
+        object.__setattr__(self, "linear", check.array("linear", linear, (None,), "(d,)"))
+        object.__setattr__(self, "dim", self.linear.size)
+
+    def value(self, x: Array) -> Array:
+        return x @ self.linear
+
+    def gradient(self, x: Array) -> Array:
+        return np.broadcast_to(self.linear, x.shape)
+
+    def quadratic(self, dim: int) -> Quadratic:
+        return Quadratic(np.zeros((dim, dim)), self.linear, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class BumpReward(Reward):
+    r"""r(x) = exp( -|x - c|^2 / (2 w^2) ).
+
+    center c : (d,)      width w > 0, state units
+    Source: theory.md, section 1.   Checked: tests/test_reward.py::test_gradient_is_complex_step
+    """
+
+    center: Array
+    width: float
+
+    def __init__(self, center: ArrayLike, width: float) -> None:
+        object.__setattr__(self, "center", check.array("center", center, (None,), "(d,)"))
+        object.__setattr__(self, "width", check.number("width", width, above=0))
+        object.__setattr__(self, "dim", self.center.size)
+
+    def value(self, x: Array) -> Array:
+        return np.exp(-0.5 * np.sum((x - self.center) ** 2, axis=1) / self.width**2)
+
+    def gradient(self, x: Array) -> Array:
+        return -(x - self.center) / self.width**2 * self.value(x)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class LogDensityReward(Reward):
+    r"""r(x) = log q(x) for a Gaussian or a Gaussian mixture q, in nats.
+
+    Source: theory.md, section 1.   Checked: tests/test_reward.py::test_gradient_is_complex_step
+    """
+
+    law: Law
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.law, (Gaussian, GaussianMixture)):
+            raise ValueError(f"law: expected a Gaussian or a GaussianMixture, got {type(self.law).__name__}")
+        object.__setattr__(self, "dim", self.law.dim)
+
+    def value(self, x: Array) -> Array:
+        return self.law.log_density(x)
+
+    def gradient(self, x: Array) -> Array:
+        return self.law.score(x)
+
+    def quadratic(self, dim: int) -> Quadratic | None:
+        if not isinstance(self.law, Gaussian):
+            return None
+        pull = self.law.precision @ self.law.mean
+        return Quadratic(self.law.precision, pull, self.law.log_normaliser - 0.5 * float(self.law.mean @ pull))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassLogPosteriorReward(Reward):
+    r"""r(x) = log P(class | x) when class c has prior w_c and density q_c: the log-probability of a Bayes classifier.
+
+        r(x) = log w_c + log q_c(x) - log sum_j w_j q_j(x),      grad r = score_c - sum_j P(j | x) score_j
+
+    laws : one law per class      prior : (classes,), on the simplex      label : index of the wanted class
+    Nats.   Source: theory.md, section 1 (log-density rewards).   Checked: tests/test_reward.py::test_gradient_is_complex_step
+    """
+
+    laws: tuple[Law, ...]
+    prior: Array
+    label: int
+
+    def __init__(self, laws: tuple[Law, ...], prior: ArrayLike, label: int) -> None:
+        laws = tuple(laws)
+        if len(laws) < 2 or len({law.dim for law in laws}) != 1:
+            raise ValueError(f"laws: expected at least two laws of one dimension, got dimensions {[a.dim for a in laws]}")
+        w = check.array("prior", prior, (len(laws),), f"({len(laws)},)")
+        if np.any(w <= 0) or abs(float(w.sum()) - 1) > 1e-8:
+            raise ValueError(f"prior: expected positive numbers that sum to 1, got sum {w.sum():.12g}")
+        if not 0 <= label < len(laws):
+            raise ValueError(f"label: expected a class index in 0 ... {len(laws) - 1}, got {label}")
+        object.__setattr__(self, "laws", laws)
+        object.__setattr__(self, "prior", w)
+        object.__setattr__(self, "label", int(label))
+        object.__setattr__(self, "dim", laws[0].dim)
+
+    def _log_joint(self, x: Array) -> Array:
+        return np.stack([np.log(w) + q.log_density(x) for w, q in zip(self.prior, self.laws, strict=True)], axis=1)
+
+    def value(self, x: Array) -> Array:
+        joint = self._log_joint(x)
+        if np.iscomplexobj(x):
+            top = joint.real.max(axis=1)
+            return joint[:, self.label] - top - np.log(np.exp(joint - top[:, None]).sum(axis=1))
+        return joint[:, self.label] - logsumexp(joint, axis=1)
+
+    def gradient(self, x: Array) -> Array:
+        joint = self._log_joint(x)
+        posterior = np.exp(joint - logsumexp(joint, axis=1, keepdims=True))
+        scores = np.stack([q.score(x) for q in self.laws], axis=1)
+        return scores[:, self.label] - np.einsum("nc,nci->ni", posterior, scores)
+
+
+@dataclass(frozen=True, eq=False)
+class CallableReward(Reward):
+    r"""Any r(x): `function` maps (n, d) to (n,); `derivative` maps (n, d) to (n, d), by complex step when None.
+
+    The complex step, Im r(x + i h e_j) / h with h = 1e-30, is exact to rounding for analytic NumPy code.
+    Source: theory.md, section 1.   Checked: tests/test_reward.py::test_callable_reward
+    """
+
+    function: Callable[[Array], Array]
+    derivative: Callable[[Array], Array] | None = None
+
+    def __init__(self, value: Callable[[Array], Array], gradient: Callable[[Array], Array] | None = None) -> None:
+        for name, f in (("value", value), ("gradient", gradient)):
+            if f is not None and not callable(f):
+                raise ValueError(f"{name}: expected a callable, got {type(f).__name__}")
+        object.__setattr__(self, "function", value)
+        object.__setattr__(self, "derivative", gradient)
+
+    def value(self, x: Array) -> Array:
+        return _returned("reward", self.function(x), (len(x),))
+
+    def gradient(self, x: Array) -> Array:
+        if self.derivative is not None:
+            return _returned("reward gradient", self.derivative(x), x.shape)
+        columns = [complex_step("reward", self.function, x, j, (len(x),)) for j in range(x.shape[1])]
+        return np.stack(columns, axis=1)
+
+
+def complex_step(name: str, function: Callable[[Array], Array], x: Array, j: int, shape: tuple[int, ...]) -> Array:
+    """d function / d x_j (last axis of x) = Im function(x + i h e_j) / h; ValueError when the function drops the complex part."""
+    moved = x.astype(np.complex128)
+    moved[..., j] += 1j * COMPLEX_STEP
+    try:
+        out = np.asarray(function(moved))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected code that accepts complex numbers (or an explicit derivative), "
+                         f"got {type(error).__name__}: {error}") from None
+    if not np.iscomplexobj(out):
+        raise ValueError(f"{name}: expected complex output for complex input (or an explicit derivative), got {out.dtype}")
+    return _returned(name, out.imag / COMPLEX_STEP, shape)
+
+
+def _returned(name: str, out: Array, shape: tuple[int, ...]) -> Array:
+    """What a user's function returned, checked for shape and finiteness."""
+    out = np.asarray(out)
+    if out.shape != shape:
+        raise ValueError(f"{name}: expected to return shape {shape}, got {out.shape}")
+    if not np.all(np.isfinite(out)):
+        raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(out))} NaN or infinite")
+    return out
