@@ -78,25 +78,26 @@ def _bitcast(source: Any, target: Any) -> Any:
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def philox(path, c2, c3, k0, k1):
-    """Four random words of one counter (path, c2, c3) under the key (k0, k1); all u32 but path, which is u64."""
-    c0, c1 = np.uint32(path), np.uint32(path >> HIGH)
-    for _ in range(10):
-        a = np.uint64(c0) * M0
-        b = np.uint64(c2) * M1
-        c0, c1 = np.uint32(np.uint32(np.uint32(b >> HIGH) ^ c1) ^ k0), np.uint32(b)
-        c2, c3 = np.uint32(np.uint32(np.uint32(a >> HIGH) ^ c3) ^ k1), np.uint32(a)
-        k0, k1 = np.uint32(k0 + W0), np.uint32(k1 + W1)
-    return c0, c1, c2, c3
+def philox_round(c0, c1, c2, c3, k0, k1):
+    """One round: two 32 x 32 -> 64 bit products, their halves swapped and mixed with the key."""
+    a = np.uint64(c0) * M0
+    b = np.uint64(c2) * M1
+    return (np.uint32(np.uint32(np.uint32(b >> HIGH) ^ c1) ^ k0), np.uint32(b),
+            np.uint32(np.uint32(np.uint32(a >> HIGH) ^ c3) ^ k1), np.uint32(a))
 
 
 @njit(error_model="numpy", fastmath=FAST)
 def words(key, first, keep, c2, c3, w0, w1, w2, w3):
-    """Philox for LANES consecutive paths, a row per word; `keep` clears the lowest path bit of antithetic noise."""
-    k0, k1 = np.uint32(key), np.uint32(key >> HIGH)
+    """Philox4x32-10 for LANES consecutive paths, a row per word; `keep` clears the lowest path bit of antithetic noise."""
     for lane in range(LANES):
         path = np.uint64(np.uint64(first + np.uint64(lane)) & keep)
-        w0[lane], w1[lane], w2[lane], w3[lane] = philox(path, c2, c3, k0, k1)
+        x0, x1, x2, x3 = np.uint32(path), np.uint32(path >> HIGH), c2, c3
+        # Inside the loop on purpose: round keys carried from outside it stop LLVM from vectorising (4 times slower).
+        k0, k1 = np.uint32(key), np.uint32(key >> HIGH)
+        for _ in range(10):
+            x0, x1, x2, x3 = philox_round(x0, x1, x2, x3, k0, k1)
+            k0, k1 = np.uint32(k0 + W0), np.uint32(k1 + W1)
+        w0[lane], w1[lane], w2[lane], w3[lane] = x0, x1, x2, x3
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -207,9 +208,12 @@ def fill_normals(key, first, antithetic, stream, out):
                         out[begin + lane, 4 * group + r, j] = rows[r * dim + j, lane]
 
 
-@njit(cache=True, error_model="numpy")
-def fill_words(key, first, c2, c3, out):
-    """out[p] = the four words of counter (first + p, c2, c3): (n, 4) u32."""
-    k0, k1 = np.uint32(key), np.uint32(key >> HIGH)
-    for p in range(out.shape[0]):
-        out[p, 0], out[p, 1], out[p, 2], out[p, 3] = philox(np.uint64(first + np.uint64(p)), c2, c3, k0, k1)
+@njit(cache=True, error_model="numpy", fastmath=FAST)
+def fill_words(key, first, keep, c2, c3, out):
+    """out[p] = the four words of counter (first + p, c2, c3), (n, 4) u32."""
+    word = np.empty((4, LANES), np.uint32)
+    for begin in range(0, out.shape[0], LANES):
+        words(key, np.uint64(first + np.uint64(begin)), keep, c2, c3, word[0], word[1], word[2], word[3])
+        for lane in range(min(LANES, out.shape[0] - begin)):
+            for j in range(4):
+                out[begin + lane, j] = word[j, lane]

@@ -1,0 +1,323 @@
+r"""Randomness as an argument: normals that are a pure function of (seed, stream, path, step, coordinate).
+
+    noise.start(d) (n, d),   noise.steps(k, d) (n, k, d),   noise.actions(k, d) (n, k, d),   noise.component(weights) (n,)
+
+Every kind of noise here has this face, `paths`, `weights` and `group`, and is sliced by paths: `noise[a:b]` holds the same
+numbers as those paths of the whole. Nothing has a state, so results depend neither on chunking nor on threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ctrl import check
+from ctrl.check import Array
+from ctrl.kernels import normals
+
+if TYPE_CHECKING:
+    from ctrl.policy import Policy
+    from ctrl.problem import Problem
+    from ctrl.schedule import TimeGrid
+
+MAX_PATTERNS = 2**22
+
+
+class NoiseLike(Protocol):
+    """What `simulate` and the estimators ask of noise, random or quadrature."""
+
+    @property
+    def paths(self) -> int: ...
+
+    @property
+    def group(self) -> int:
+        """Consecutive paths that form one independent unit: 2 for antithetic pairs, else 1."""
+
+    @property
+    def weights(self) -> Array | None:
+        """Quadrature weights (n,), summing to 1; None for random paths, which weigh the same."""
+
+    def start(self, d: int) -> Array: ...
+
+    def steps(self, k: int, d: int) -> Array: ...
+
+    def actions(self, k: int, d: int) -> Array: ...
+
+    def component(self, weights: ArrayLike) -> Array: ...
+
+    def __getitem__(self, part: slice) -> NoiseLike: ...
+
+
+@dataclass(frozen=True)
+class Noise:
+    r"""Independent standard normals for n paths, a pure function of their coordinates.
+
+        xi[p, i, j] = normal( Philox4x32-10( key = seed, counter = (p, i // 4, j, stream) ), i mod 4 )
+
+    seed : int in [0, 2^64)      paths : n      antithetic : path 2m + 1 carries path 2m's normals negated (n even)
+    first : index of the first path, so that a slice is a window on the same numbers
+
+    float64 normals are within a few units in the last place of the exact Box-Muller of the same words; |xi| < 6.77.
+    Source: Salmon et al. (2011), Random123; theory.md, section 0.   Checked: tests/test_noise.py::test_specification
+    """
+
+    seed: int
+    paths: int
+    antithetic: bool = False
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected an integer in [0, 2^64), got {self.seed!r:.80}")
+        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "paths", check.integer("paths", self.paths, at_least=1))
+        object.__setattr__(self, "first", check.integer("first", self.first, at_least=0))
+        if self.antithetic and (self.paths % 2 or self.first % 2):
+            raise ValueError(f"paths: expected whole antithetic pairs (an even number of paths, from an even path on), "
+                             f"got {self.paths} from path {self.first}")
+        if self.first + self.paths > 2**63:
+            raise ValueError(f"paths: expected path indices below 2^63, got {self.first + self.paths}")
+
+    @property
+    def weights(self) -> None:
+        """Random paths weigh the same."""
+        return None
+
+    @property
+    def group(self) -> int:
+        """Consecutive paths that form one independent unit."""
+        return 2 if self.antithetic else 1
+
+    def start(self, d: int) -> Array:
+        """Normals of the start law, (n, d)."""
+        return self._normals(normals.START, 1, d)[:, 0, :]
+
+    def steps(self, k: int, d: int) -> Array:
+        """Brownian increments in units of sqrt(D), (n, k, d)."""
+        return self._normals(normals.STEP, k, d)
+
+    def actions(self, k: int, d: int) -> Array:
+        """Normals of sampled actions, (n, k, d)."""
+        return self._normals(normals.ACTION, k, d)
+
+    def component(self, weights: ArrayLike) -> Array:
+        """A mixture component per path by inversion of one uniform (mirrored, 1 - u, for antithetic partners), (n,)."""
+        cumulative = np.cumsum(check.array("weights", weights, (None,), "(K,)"))
+        u = (self._words(normals.COMPONENT)[:, 0] + 0.5) * 2.0**-32
+        if self.antithetic:
+            u[1::2] = 1 - u[1::2]
+        return np.minimum(np.searchsorted(cumulative, u * cumulative[-1], side="right"), cumulative.size - 1)
+
+    def __getitem__(self, part: slice) -> Noise:
+        start, stop = _bounds(part, self.paths)
+        if self.antithetic and (start % 2 or stop % 2):
+            raise ValueError(f"noise[{start}:{stop}]: expected even bounds, for whole antithetic pairs")
+        return replace(self, first=self.first + start, paths=stop - start)
+
+    def coarsened(self, grid: TimeGrid, factor: int) -> CoarsenedNoise:
+        """The same Brownian paths on every `factor`-th time of `grid`; see CoarsenedNoise."""
+        return CoarsenedNoise(self, grid, factor)
+
+    @classmethod
+    def signs(cls, problem: Problem, policy: Policy, grid: TimeGrid) -> QuadratureNoise:
+        r"""All sign patterns: exact expectations of polynomials of degree <= 3 in each variable.
+
+            E p(xi) = 2^{-v} sum_{signs} p(+-1, ..., +-1),      v = d (start) + N d (steps, eta > 0) + N d (sampled actions)
+
+        Equal weights, times the component's weight for a mixture start.
+        Source: theory.md, section 7.   Checked: tests/test_noise.py::test_signs_integrate_cubics
+        """
+        return _quadrature(problem, policy, grid, np.array([-1.0, 1.0]), np.array([0.5, 0.5]))
+
+    @classmethod
+    def gauss_hermite(cls, problem: Problem, policy: Policy, grid: TimeGrid, nodes: int = 4) -> QuadratureNoise:
+        r"""Tensor Gauss-Hermite rule: exact expectations of polynomials of degree <= 2 nodes - 1 in each variable.
+
+        Source: theory.md, section 7.   Checked: tests/test_noise.py::test_gauss_hermite_degree
+        """
+        x, w = np.polynomial.hermite_e.hermegauss(check.integer("nodes", nodes, at_least=1))
+        return _quadrature(problem, policy, grid, x, w / w.sum())
+
+    def _key(self) -> tuple[Any, Any]:
+        return np.uint64(self.seed), np.uint64(self.first)
+
+    def _normals(self, stream: int, k: int, d: int) -> Array:
+        k, d = check.integer("k", k, at_least=1), check.integer("d", d, at_least=1)
+        out = np.empty((self.paths, k, d))
+        normals.fill_normals(*self._key(), int(self.antithetic), stream, out)
+        return out
+
+    def _words(self, stream: int) -> Array:
+        """Words of step group 0, coordinate 0; antithetic partners share theirs."""
+        out = np.empty((self.paths, 4), np.uint32)
+        keep = np.uint64(2**64 - 1 - int(self.antithetic))
+        normals.fill_words(*self._key(), keep, np.uint32(0), np.uint32(stream << 28), out)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class CoarsenedNoise:
+    r"""A Noise's Brownian paths seen on a coarser grid.
+
+        xi_I = sum_{i in I} sqrt(D_i) xi_i / sqrt( sum_{i in I} D_i ),      I: `factor` consecutive fine steps
+
+    so that sqrt(D_I) xi_I is the fine increments' sum; the same for action noise. Start and components are unchanged.
+    fine : Noise      grid : the fine grid, N steps      factor : a divisor of N
+    Source: theory.md, sections 3 and 12.   Checked: tests/test_noise.py::test_coarsening_adds_increments
+    """
+
+    fine: Noise
+    grid: TimeGrid
+    factor: int
+
+    def __post_init__(self) -> None:
+        check.integer("factor", self.factor, at_least=1)
+        if self.grid.steps % self.factor:
+            raise ValueError(f"factor: expected a divisor of the fine grid's {self.grid.steps} steps, got {self.factor}")
+
+    @property
+    def paths(self) -> int:
+        return self.fine.paths
+
+    @property
+    def group(self) -> int:
+        return self.fine.group
+
+    @property
+    def weights(self) -> None:
+        return None
+
+    def start(self, d: int) -> Array:
+        """Normals of the start law, (n, d): those of the fine noise."""
+        return self.fine.start(d)
+
+    def steps(self, k: int, d: int) -> Array:
+        """Coarse increments in units of sqrt(D_I), (n, k, d); k = N / factor."""
+        return self._coarse(self.fine.steps, k, d)
+
+    def actions(self, k: int, d: int) -> Array:
+        """Action normals of the coarse steps, (n, k, d); k = N / factor."""
+        return self._coarse(self.fine.actions, k, d)
+
+    def component(self, weights: ArrayLike) -> Array:
+        """Mixture components, (n,): those of the fine noise."""
+        return self.fine.component(weights)
+
+    def __getitem__(self, part: slice) -> CoarsenedNoise:
+        return replace(self, fine=self.fine[part])
+
+    def _coarse(self, draw: Callable[[int, int], Array], k: int, d: int) -> Array:
+        steps = self.grid.steps // self.factor
+        if k != steps:
+            raise ValueError(f"k: expected the coarse grid's {steps} steps ({self.grid.steps} / {self.factor}), got {k}")
+        root = np.sqrt(self.grid.dt).reshape(steps, self.factor)
+        root = root / np.linalg.norm(root, axis=1, keepdims=True)
+        return np.einsum("nkjd,kj->nkd", draw(self.grid.steps, d).reshape(-1, steps, self.factor, d), root)
+
+
+@dataclass(frozen=True, eq=False)
+class QuadratureNoise:
+    r"""A tensor quadrature rule with the face of Noise: its weighted mean over paths is an expectation.
+
+        E p(xi) = sum_p weights[p] p(xi_p),      xi_p = (nodes[digit_v(p)])_v,   digits of p in base len(nodes)
+
+    The variables are d start normals, then N d step normals, then N d action normals (the last two only where they
+    matter; asked for where they do not, they are zero), then the component of a mixture start.
+    nodes, node_weights : (q,)      components : (K,) weights of the start law's components, (1,) for a Gaussian
+    Source: theory.md, section 7.   Checked: tests/test_noise.py::test_signs_integrate_cubics
+    """
+
+    nodes: Array
+    node_weights: Array
+    components: Array
+    dim: int
+    grid_steps: int
+    has_steps: bool
+    has_actions: bool
+    paths: int
+    first: int = 0
+
+    @property
+    def group(self) -> int:
+        return 1
+
+    @property
+    def variables(self) -> int:
+        """Number of normals that the rule integrates over."""
+        return self.dim * (1 + self.grid_steps * (self.has_steps + self.has_actions))
+
+    @cached_property
+    def weights(self) -> Array:
+        """Weight of each path, (n,); they sum to 1 over the whole rule, to less over a slice."""
+        out = np.ones(self.paths)
+        for variable in range(self.variables):
+            out *= self.node_weights[self._digit(variable)]
+        return out * self.components[self._component()]
+
+    def start(self, d: int) -> Array:
+        """Nodes of the start normals, (n, d)."""
+        return self._block(0, 1, d)[:, 0, :]
+
+    def steps(self, k: int, d: int) -> Array:
+        """Nodes of the step normals, (n, k, d); zero at eta = 0, where steps have no noise."""
+        return self._block(1, k, d) if self.has_steps else np.zeros((self.paths, k, d))
+
+    def actions(self, k: int, d: int) -> Array:
+        """Nodes of the action normals, (n, k, d); zero when actions are means."""
+        return self._block(1 + self.grid_steps * self.has_steps, k, d) if self.has_actions else np.zeros((self.paths, k, d))
+
+    def component(self, weights: ArrayLike) -> Array:
+        """Component of the start law of each path, (n,)."""
+        if np.shape(weights) != self.components.shape:
+            raise ValueError(f"weights: expected {self.components.size} component weights, got shape {np.shape(weights)}")
+        return self._component()
+
+    def __getitem__(self, part: slice) -> QuadratureNoise:
+        start, stop = _bounds(part, self.paths)
+        return replace(self, first=self.first + start, paths=stop - start)
+
+    def _index(self) -> Array:
+        return np.arange(self.first, self.first + self.paths)
+
+    def _digit(self, variable: int) -> Array:
+        return self._index() // self.nodes.size**variable % self.nodes.size
+
+    def _component(self) -> Array:
+        return self._index() // self.nodes.size**self.variables
+
+    def _block(self, offset: int, k: int, d: int) -> Array:
+        """Normals of k steps, from the offset-th block of d variables on."""
+        if d != self.dim or k != (self.grid_steps if offset else 1):
+            raise ValueError(f"(k, d): expected the rule's ({self.grid_steps}, {self.dim}), got ({k}, {d})")
+        out = np.empty((self.paths, k, d))
+        for i in range(k):
+            for j in range(d):
+                out[:, i, j] = self.nodes[self._digit((offset + i) * d + j)]
+        return out
+
+
+def _quadrature(problem: Problem, policy: Policy, grid: TimeGrid, nodes: Array, node_weights: Array) -> QuadratureNoise:
+    components = np.asarray(getattr(problem.start_law, "weights", [1.0]), dtype=np.float64)
+    has_steps, has_actions = problem.eta > 0, policy.exploration_factor(grid) is not None
+    variables = problem.dim * (1 + grid.steps * (has_steps + has_actions))
+    if variables * math.log(nodes.size) + math.log(components.size) > math.log(MAX_PATTERNS) + 1e-9:
+        product = f"{nodes.size}^{variables}" + (f" x {components.size} components" if components.size > 1 else "")
+        raise ValueError(f"grid: expected a rule of at most 2^22 patterns, got {product} (d = {problem.dim}, {grid.steps} "
+                         f"steps); reduce the steps, the dimension or the nodes")
+    return QuadratureNoise(nodes, node_weights, components, problem.dim, grid.steps, has_steps, has_actions,
+                           paths=nodes.size**variables * components.size)
+
+
+def _bounds(part: slice, paths: int) -> tuple[int, int]:
+    if not isinstance(part, slice):
+        raise ValueError(f"noise[...]: expected a slice of paths, got {part!r:.80}")
+    start, stop, step = part.indices(paths)
+    if step != 1 or stop <= start:
+        raise ValueError(f"noise[...]: expected a non-empty slice of consecutive paths, got {part} of {paths} paths")
+    return start, stop
