@@ -71,6 +71,10 @@ class Policy(ABC):
         """Affine-plus-mixture form on a grid; None for arbitrary Python."""
         return None
 
+    def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
+        """Chain rule for policies whose parts are linear in theta: dJ/dK (N, d, d), dJ/dk (N, d) -> dJ/dtheta (p,)."""
+        raise ValueError(f"policy: expected an AffinePolicy or a BasisPolicy (parts linear in theta), got {type(self).__name__}")
+
     def exploration_cov(self, grid: TimeGrid) -> Array | None:
         """Sigma at every step, (N, d, d), or None when actions are means."""
         if self.exploration is None:
@@ -156,6 +160,9 @@ class AffinePolicy(Policy):
         matrix, vector = out[:, i * d * d : (i + 1) * d * d], out[:, self.K.size + i * d : self.K.size + (i + 1) * d]
         matrix += (u[:, :, None] * x[:, None, :]).reshape(len(x), d * d)
         vector += u
+
+    def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
+        return np.concatenate([K.ravel(), k.ravel()])
 
     def parts(self, grid: TimeGrid) -> Parts:
         self._on(grid)
@@ -328,6 +335,10 @@ class BasisPolicy(Policy):
 
     def add_vjp(self, out: Array, grid: TimeGrid, i: int, x: Array, u: Array) -> None:
         out += self.basis.adjoint(float(grid.times[i]), u[:, :, None] * x[:, None, :], u)
+
+    def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
+        steps = zip(grid.times[:-1], K, k, strict=True)
+        return sum((self.basis.adjoint(float(t), Ki, ki) for t, Ki, ki in steps), np.zeros(self.theta.size))
 
     def parts(self, grid: TimeGrid) -> Parts:
         pre = self.problem.pretrained(grid).parts(grid)

@@ -115,24 +115,29 @@ class Problem:
         if self.entropy_weight > 0 and policy.exploration is None:
             raise ValueError("entropy_weight: expected a policy with exploration (mean actions have no entropy), "
                              "got exploration=None")
-        factor = self.stability_factor(policy, grid)
-        if factor < -1:
+        c = self.coefficients(grid)
+        lowest = self._lowest_slope(policy, grid, bound=True)
+        if np.any(1 - c.dt * c.f + c.dt * c.h * lowest < -1) and (factor := self.stability_factor(policy, grid)) < -1:
             warnings.warn(f"unstable grid: a step multiplies some direction by {factor:.3g} (below -1); use more steps",
                           RuntimeWarning, stacklevel=3)
 
     def stability_factor(self, policy: Policy, grid: TimeGrid) -> float:
         r"""The smallest eigenvalue over steps of 1 - D f + D h K: below -1 the chain overshoots and grows with N.
 
-        For mixture scores K is bounded below by minus the largest component precision. Nothing is known of a CallablePolicy.
+        For mixture scores K is bounded below by minus the largest component precision. Nothing is known of a CallablePolicy:
+        the pre-trained policy stands in for it.
         Source: theory.md, section 1.   Checked: tests/test_problem.py::test_unstable_grid_warns
         """
-        parts, c = policy.parts(grid), self.coefficients(grid)
-        if parts is None:
-            parts = self.pretrained(grid).parts(grid)
-        lowest = np.array([np.min(np.linalg.eigvals(K).real) for K in parts.K])
+        c = self.coefficients(grid)
+        return float(np.min(1 - c.dt * c.f + c.dt * c.h * self._lowest_slope(policy, grid, bound=False)))
+
+    def _lowest_slope(self, policy: Policy, grid: TimeGrid, *, bound: bool) -> Array:
+        """The smallest real part of an eigenvalue of d mu/dx at every step, (N,), or a cheap lower bound (row sums)."""
+        parts = policy.parts(grid) or self.pretrained(grid).parts(grid)
+        lowest = -np.abs(parts.K).sum(axis=2).max(axis=1) if bound else np.linalg.eigvals(parts.K).real.min(axis=1)
         if parts.laws is not None:
-            lowest = lowest - np.array([np.max(np.linalg.eigvalsh(law.precisions)) for law in parts.laws])  # type: ignore[union-attr]
-        return float(np.min(1 - c.dt * c.f + c.dt * c.h * lowest))
+            lowest = lowest - np.array([1 / np.linalg.eigvalsh(law.covs).min() for law in parts.laws])  # type: ignore[union-attr]
+        return lowest
 
 
 @lru_cache(maxsize=64)

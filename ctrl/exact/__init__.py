@@ -1,0 +1,61 @@
+"""Truth without sampling: by recursion on the affine-Gaussian chain, by quadrature in 1-D, by ODEs in the limit.
+
+`evaluate`, `value` and `advantage` choose the method that applies; `chain`, `quadrature` and `limit` are the methods themselves.
+Nothing here ever imports the simulator.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from ctrl.exact import chain as chain
+from ctrl.exact import limit as limit
+from ctrl.exact import quadrature as quadrature
+from ctrl.exact.chain import Optimum as Optimum
+from ctrl.exact.chain import optimum as optimum
+from ctrl.exact.truth import Advantage as Advantage
+from ctrl.exact.truth import ExactGradient as ExactGradient
+from ctrl.exact.truth import Terminal as Terminal
+from ctrl.exact.truth import Truth as Truth
+from ctrl.exact.truth import Value as Value
+from ctrl.policy import Policy
+from ctrl.problem import Problem
+from ctrl.schedule import TimeGrid
+
+
+def _method(problem: Problem, policy: Policy, grid: TimeGrid) -> ModuleType:
+    if chain.applies(problem, policy, grid):
+        return chain
+    if problem.dim == 1:
+        return quadrature
+    raise ValueError("problem: expected Gaussian data with an affine policy and a quadratic reward, or dimension 1, for exact truth; got "
+                     f"{type(problem.data).__name__}, {type(policy).__name__}, {type(problem.reward).__name__} in dimension {problem.dim}")
+
+
+def evaluate(problem: Problem, policy: Policy, grid: TimeGrid) -> Truth:
+    r"""Objective, path KL, terminal law and gradient of a policy on a grid, without sampling.
+
+        J = E[e^{-rho T} r(X_N)] - lambda E sum e^{-rho t_i} kappa_i D_i |a_i - s_i|^2
+
+    method "chain" for Gaussian data, affine policy and quadratic reward (exact to rounding); else "quadrature" in 1-D (1e-10).
+    Source: theory.md, sections 1, 4 and 7.   Checked: tests/test_chain.py::test_reference_numbers
+    """
+    return _method(problem, policy, grid).evaluate(problem, policy, grid)
+
+
+def value(problem: Problem, policy: Policy, grid: TimeGrid) -> Value:
+    r"""The value function V(i, x), (n, d) -> (n,), with V.gradient(i, x), (n, d).
+
+        V_i(x) = E[ r(X_N) - lambda sum_{j>=i} kappa_j D_j |a_j - s_j|^2 | X_i = x ]
+
+    Source: theory.md, section 5.   Checked: tests/test_chain.py::test_value_is_a_martingale
+    """
+    return _method(problem, policy, grid).value(problem, policy, grid)
+
+
+def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
+    r"""The advantage rate q(i, x, a) = h (a - mu).grad V - lambda kappa (|a - s|^2 - |mu - s|^2 - tr Sigma), (n,).
+
+    Source: theory.md, section 6.   Checked: tests/test_chain.py::test_advantage_is_centred_and_first_order
+    """
+    return _method(problem, policy, grid).advantage(problem, policy, grid)

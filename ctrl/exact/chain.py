@@ -1,0 +1,269 @@
+r"""Truth for the affine-Gaussian Euler-Maruyama chain: closed recursions, no sampling (theory.md, sections 1, 4-7, 9).
+
+Gaussian data make the score affine; with an affine policy the chain is linear-Gaussian,
+
+    X_{i+1} = A_i X_i + c_i + R_i^{1/2} xi,    A = (1 - D f) I + D h K,   c = D h k,   R = eta^2 g^2 D I (+ h^2 D^2 Sigma),
+
+and with a quadratic reward every value is V_i(x) = -1/2 x'S_i x + w_i'x + z_i. Exact to rounding at every step size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ctrl.check import Array
+from ctrl.exact.truth import Advantage, ExactGradient, Terminal, Truth, Value
+from ctrl.laws import LOG_2PI, Gaussian
+from ctrl.policy import AffinePolicy, Policy
+from ctrl.problem import Problem
+from ctrl.reward import Quadratic
+from ctrl.schedule import TimeGrid
+
+
+def applies(problem: Problem, policy: Policy, grid: TimeGrid) -> bool:
+    """True for Gaussian data, a policy affine in x and a reward that is at most quadratic."""
+    parts = policy.parts(grid)
+    affine = parts is not None and parts.laws is None
+    return isinstance(problem.data, Gaussian) and affine and problem.reward.quadratic(problem.dim) is not None
+
+
+def entropy(cov: Array) -> Array:
+    """Entropy of N(., cov) in nats, 1/2 log det(2 pi e cov), (..., d, d) -> (...)."""
+    return 0.5 * (cov.shape[-1] * (1 + LOG_2PI) + np.linalg.slogdet(cov)[1])
+
+
+@dataclass(frozen=True, eq=False)
+class LinearChain:
+    """The chain of a problem, a policy and a grid as arrays over steps; moments and values are computed on first use."""
+
+    problem: Problem
+    policy: Policy
+    grid: TimeGrid
+
+    def __post_init__(self) -> None:
+        if not applies(self.problem, self.policy, self.grid):
+            raise ValueError("problem: expected Gaussian data, a policy affine in x and a quadratic reward for the exact chain, got "
+                             f"{type(self.problem.data).__name__}, {type(self.policy).__name__}, {type(self.problem.reward).__name__}")
+
+    @cached_property
+    def maps(self) -> tuple[Array, Array]:
+        """A (N, d, d) and c (N, d)."""
+        co, parts = self.problem.coefficients(self.grid), self.policy.parts(self.grid)
+        assert parts is not None
+        gain = co.dt * co.h
+        A = (1 - co.dt * co.f)[:, None, None] * np.eye(self.problem.dim) + gain[:, None, None] * parts.K
+        return A, gain[:, None] * parts.k
+
+    @cached_property
+    def step_cov(self) -> Array:
+        """R_i, (N, d, d)."""
+        co, cov = self.problem.coefficients(self.grid), self.policy.exploration_cov(self.grid)
+        R = (co.noise**2)[:, None, None] * np.eye(self.problem.dim)
+        return R if cov is None else R + ((co.h * co.dt) ** 2)[:, None, None] * cov
+
+    @cached_property
+    def departure(self) -> tuple[Array, Array]:
+        """(K - K_pre, k - k_pre): mu - s = dK x + dk."""
+        parts, pre = self.policy.parts(self.grid), self.problem.pretrained(self.grid).parts(self.grid)
+        assert parts is not None and pre is not None
+        return parts.K - pre.K, parts.k - pre.k
+
+    @cached_property
+    def moments(self) -> tuple[Array, Array]:
+        """Means (N + 1, d) and covariances (N + 1, d, d) of X_0 ... X_N."""
+        (A, c), R, start = self.maps, self.step_cov, self.problem.start_law
+        m, P = np.empty((len(A) + 1, len(start.mean))), np.empty((len(A) + 1, *start.cov.shape))
+        m[0], P[0] = start.mean, start.cov
+        for i, Ai in enumerate(A):
+            m[i + 1] = Ai @ m[i] + c[i]
+            P[i + 1] = Ai @ P[i] @ Ai.T + R[i]
+        return m, P
+
+    @cached_property
+    def spread(self) -> Array:
+        """tr Sigma_i of sampled actions, (N,); zero for mean actions."""
+        cov = self.policy.exploration_cov(self.grid)
+        return np.zeros(self.grid.steps) if cov is None else np.trace(cov, axis1=1, axis2=2)
+
+    @cached_property
+    def entropy_rate(self) -> Array:
+        """gamma H(pi_i), (N,)."""
+        cov = self.policy.exploration_cov(self.grid)
+        weight = self.problem.entropy_weight
+        return np.zeros(self.grid.steps) if weight == 0 or cov is None else weight * entropy(cov)
+
+    @cached_property
+    def mean_departure(self) -> Array:
+        """E |mu_i - s_i|^2 under the chain, (N,)."""
+        (dK, dk), (m, P) = self.departure, self.moments
+        return np.einsum("kij,kjl,kil->k", dK, P[:-1], dK) + np.sum((np.einsum("kij,kj->ki", dK, m[:-1]) + dk) ** 2, axis=1)
+
+    @cached_property
+    def values(self) -> tuple[Array, Array, Array]:
+        """S (N + 1, d, d), w (N + 1, d), z (N + 1,) of the current-valued V_i(x) = -1/2 x'S x + w'x + z."""
+        co, (A, c), (dK, dk) = self.problem.coefficients(self.grid), self.maps, self.departure
+        cost = self.problem.kl_weight * co.kappa * co.dt
+        running = self.entropy_rate * co.dt - cost * (np.sum(dk**2, axis=1) + self.spread)
+        curvature = 2 * cost[:, None, None] * np.einsum("kji,kjl->kil", dK, dK)
+        slope = 2 * cost[:, None] * np.einsum("kji,kj->ki", dK, dk)
+        gamma = np.exp(-self.problem.discount * co.dt)
+        r = _reward(self.problem)
+        S, w, z = np.empty((len(A) + 1, *r.matrix.shape)), np.empty((len(A) + 1, len(r.vector))), np.empty(len(A) + 1)
+        S[-1], w[-1], z[-1] = r
+        for i in reversed(range(len(A))):
+            pull = w[i + 1] - S[i + 1] @ c[i]
+            S[i] = gamma[i] * (A[i].T @ S[i + 1] @ A[i]) + curvature[i]
+            w[i] = gamma[i] * (A[i].T @ pull) - slope[i]
+            lost = 0.5 * np.sum(S[i + 1] * self.step_cov[i])
+            z[i] = gamma[i] * (z[i + 1] + 0.5 * c[i] @ (w[i + 1] + pull) - lost) + running[i]
+        return S, w, z
+
+    def gradient(self) -> ExactGradient:
+        r"""dJ/dK_i = E[ u_i X_i' ], dJ/dk_i = E u_i, with u_i = D_i ( h_i E grad V_{i+1}(X_{i+1}) - 2 lambda kappa_i (mu_i - s_i) ), discounted."""
+        co, (A, c), (dK, dk), (m, P), (S, w, _) = (
+            self.problem.coefficients(self.grid), self.maps, self.departure, self.moments, self.values)
+        gain = co.discount * co.dt * co.h * np.exp(-self.problem.discount * co.dt)
+        pull = 2 * self.problem.kl_weight * co.discount * co.kappa * co.dt
+        U = -gain[:, None, None] * (S[1:] @ A) - pull[:, None, None] * dK
+        u0 = gain[:, None] * (w[1:] - np.einsum("kij,kj->ki", S[1:], c)) - pull[:, None] * dk
+        mean_u = np.einsum("kij,kj->ki", U, m[:-1]) + u0
+        dJdK = U @ P[:-1] + mean_u[:, :, None] * m[:-1, None, :]
+        affine = isinstance(self.policy, AffinePolicy)
+        return ExactGradient(self.policy.pullback(self.grid, dJdK, mean_u), dJdK if affine else None, mean_u if affine else None)
+
+
+def _reward(problem: Problem) -> Quadratic:
+    r = problem.reward.quadratic(problem.dim)
+    assert r is not None
+    return r
+
+
+def evaluate(problem: Problem, policy: Policy, grid: TimeGrid) -> Truth:
+    r"""Objective, its parts, the terminal law and the gradient of the affine-Gaussian chain, exact to rounding.
+
+        m_{i+1} = A m + c,  P_{i+1} = A P A' + R,   E|mu - s|^2 = tr(dK P dK') + |dK m + dk|^2,   J = E r - lambda sum kappa D E|a - s|^2
+
+    Time O(N d^3), memory O(N d^2).  Any eta, mean or sampled actions, discount, entropy weight.
+    Source: theory.md, sections 1, 4 and 7.   Checked: tests/test_chain.py::test_reference_numbers
+    """
+    problem.check_policy(policy, grid)
+    chain = LinearChain(problem, policy, grid)
+    co, (m, P), r = problem.coefficients(grid), chain.moments, _reward(problem)
+    rate = co.kappa * co.dt
+    reward = -0.5 * float(np.sum(r.matrix * P[-1]) + m[-1] @ r.matrix @ m[-1]) + float(r.vector @ m[-1]) + r.constant
+    squared = chain.mean_departure + chain.spread
+    running = co.discount @ (chain.entropy_rate * co.dt - problem.kl_weight * rate * squared)
+
+    def terminal_kl() -> float:
+        m_pre, P_pre = LinearChain(problem, problem.pretrained(grid), grid).moments
+        return Gaussian(m[-1], P[-1]).kl(Gaussian(m_pre[-1], P_pre[-1]))
+
+    return Truth(
+        problem=problem, objective=co.final_discount * reward + float(running), expected_reward=reward,
+        penalty=float(rate @ squared), mean_penalty=float(rate @ chain.mean_departure), terminal=Terminal(m[-1], P[-1]),
+        method="chain", compute_terminal_kl=terminal_kl, compute_gradient=chain.gradient)
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticValue(Value):
+    """V_i(x) = -1/2 x'S_i x + w_i'x + z_i of an affine-Gaussian chain."""
+
+    chain: LinearChain
+
+    def __call__(self, i: int, x: Array) -> Array:
+        S, w, z = (v[i] for v in self.chain.values)
+        return -0.5 * np.einsum("ni,ij,nj->n", x, S, x) + x @ w + z
+
+    def gradient(self, i: int, x: Array) -> Array:
+        S, w, _ = self.chain.values
+        return w[i] - x @ S[i]
+
+    def action_value(self, i: int, x: Array, a: Array) -> Array:
+        problem, grid = self.chain.problem, self.chain.grid
+        co = problem.coefficients(grid)
+        mean = x + (-co.f[i] * x + co.h[i] * a) * co.dt[i]
+        cost = problem.kl_weight * co.kappa[i] * co.dt[i] * np.sum((a - problem.score(float(grid.times[i]), x)) ** 2, axis=1)
+        later = self(i + 1, mean) - 0.5 * co.noise[i] ** 2 * np.trace(self.chain.values[0][i + 1])
+        return np.exp(-problem.discount * co.dt[i]) * later - cost
+
+
+def value(problem: Problem, policy: Policy, grid: TimeGrid) -> QuadraticValue:
+    r"""The value function by backward recursion, V_i(x) = -1/2 x'S_i x + w_i'x + z_i.
+
+        S_i = A'S_{i+1}A + 2 lambda kappa D dK'dK,   w_i = A'(w_{i+1} - S_{i+1}c) - 2 lambda kappa D dK'dk      (times e^{-rho D})
+
+    V(i, x) : (n, d) -> (n,); V.gradient(i, x) : (n, d); V.action_value(i, x, a) : (n,).
+    Source: theory.md, section 5.   Checked: tests/test_chain.py::test_value_is_a_martingale
+    """
+    problem.check_policy(policy, grid)
+    return QuadraticValue(LinearChain(problem, policy, grid))
+
+
+def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
+    """The advantage rate q(i, x, a) with the chain's exact grad V (see Advantage).
+
+    Source: theory.md, section 6.   Checked: tests/test_chain.py::test_advantage_is_centred_and_first_order
+    """
+    return Advantage(problem, policy, grid, value(problem, policy, grid))
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """The mean-shift optimum: its policy and the truth of running it."""
+
+    policy: AffinePolicy
+    truth: Truth
+
+    @property
+    def objective(self) -> float:
+        return self.truth.objective
+
+    @property
+    def penalty(self) -> float:
+        return self.truth.penalty
+
+    @property
+    def path_kl(self) -> float:
+        return self.truth.path_kl
+
+
+def optimum(problem: Problem, grid: TimeGrid) -> Optimum:
+    r"""The mean-shift optimum J* of the chain by the LQ backward recursion (stationarity of theory.md, section 9 (i)).
+
+        2 lambda kappa (a* - s)(x) = h E[ grad V*_{i+1}(X_{i+1}) | X_i = x ],
+        a* = M^{-1} [ 2 lambda kappa s + h (w - S (1 - D f) x) ],      M = 2 lambda kappa I + h^2 D S
+
+    With entropy_weight gamma > 0 actions are sampled with the optimal covariance gamma M^{-1} (section 10).
+    Assumes Gaussian data, a quadratic reward, kl_weight > 0; ValueError where M is not positive (unbounded objective).
+    Source: theory.md, section 9.   Checked: tests/test_chain.py::test_optimum_is_stationary_and_best
+    """
+    pre = problem.pretrained(grid)
+    if not isinstance(pre, AffinePolicy) or problem.reward.quadratic(problem.dim) is None:
+        raise ValueError("problem: expected Gaussian data and a quadratic reward for the exact optimum, got "
+                         f"{type(problem.data).__name__} and {type(problem.reward).__name__}")
+    if problem.kl_weight == 0:
+        raise ValueError("kl_weight: expected a positive weight (the optimum is unbounded without a penalty), got 0")
+    co, d = problem.coefficients(grid), problem.dim
+    S, w, _ = _reward(problem)
+    K, k, Sigma = np.empty_like(pre.K), np.empty_like(pre.k), np.empty_like(pre.K)
+    gamma = np.exp(-problem.discount * co.dt)
+    for i in reversed(range(grid.steps)):
+        pull, keep = 2 * problem.kl_weight * co.kappa[i], 1 - co.dt[i] * co.f[i]
+        M = pull * np.eye(d) + gamma[i] * co.h[i] ** 2 * co.dt[i] * S
+        if (smallest := float(np.min(np.linalg.eigvalsh(M)))) <= 0:
+            raise ValueError(f"kl_weight: expected a weight large enough to bound the objective, got {problem.kl_weight:g} "
+                             f"(curvature {smallest:.3g} at step {i})")
+        K[i] = np.linalg.solve(M, pull * pre.K[i] - gamma[i] * co.h[i] * keep * S)
+        k[i] = np.linalg.solve(M, pull * pre.k[i] + gamma[i] * co.h[i] * w)
+        Sigma[i] = problem.entropy_weight * np.linalg.inv(M)
+        A, c = keep * np.eye(d) + co.dt[i] * co.h[i] * K[i], co.dt[i] * co.h[i] * k[i]
+        dK, dk, cost = K[i] - pre.K[i], k[i] - pre.k[i], pull * co.dt[i]
+        w = gamma[i] * (A.T @ (w - S @ c)) - cost * (dK.T @ dk)
+        S = gamma[i] * (A.T @ S @ A) + cost * (dK.T @ dK)
+        S = (S + S.T) / 2
+    policy = AffinePolicy(K, k, Sigma if problem.entropy_weight > 0 else None)
+    return Optimum(policy, evaluate(problem, policy, grid))
+

@@ -1,0 +1,109 @@
+"""Named problems: the reference Gaussian, a mixture, a correlated Gaussian in eight dimensions, and real digits.
+
+Every function returns a Problem; `PROBLEMS` lists them in the order in which `ctrl verify` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from ctrl import check
+from ctrl.check import Array
+from ctrl.laws import Gaussian, GaussianMixture
+from ctrl.problem import Problem
+from ctrl.reward import BumpReward, ClassLogPosteriorReward, QuadraticReward
+from ctrl.schedule import VP
+
+
+def gaussian_pull_2d(eta: float = 1.0) -> Problem:
+    """The reference problem: Gaussian data in 2-D pulled by a quadratic reward; everything known in closed form.
+
+    Source: theory.md, section 17.   Checked: tests/test_chain.py::test_reference_numbers
+    """
+    return Problem(
+        schedule=VP(beta_min=0.1, beta_max=10.0, horizon=1.0),
+        data=Gaussian(mean=[1.0, -0.5], cov=[[0.6, 0.2], [0.2, 0.3]]),
+        reward=QuadraticReward(matrix=[[1.0, 0.0], [0.0, 0.5]], center=[-0.5, 1.0]),
+        kl_weight=0.5, eta=eta)
+
+
+def mixture_bump_1d(eta: float = 1.0) -> Problem:
+    """A two-component mixture on the line with a bump reward; truth by quadrature.
+
+    Source: theory.md, section 17.   Checked: tests/test_quadrature.py::test_reference_numbers
+    """
+    return Problem(
+        schedule=VP(beta_min=0.1, beta_max=10.0, horizon=1.0),
+        data=GaussianMixture(weights=[0.3, 0.7], means=[[-1.2], [0.8]], covs=[[[0.3**2]], [[0.4**2]]]),
+        reward=BumpReward(center=[-1.0], width=0.5),
+        kl_weight=0.2, eta=eta)
+
+
+def gaussian_8d(eta: float = 1.0) -> Problem:
+    """A correlated Gaussian in 8-D, C_ij = sd_i sd_j 0.6^|i-j|, pulled along and across its long axes; closed form.
+
+    Source: theory.md, section 1.   Checked: tests/test_zoo.py::test_every_problem_has_a_truth_or_says_so
+    """
+    i = np.arange(8)
+    sd = np.linspace(0.5, 1.2, 8)
+    return Problem(
+        schedule=VP(beta_min=0.1, beta_max=10.0, horizon=1.0),
+        data=Gaussian(mean=np.cos(i), cov=np.outer(sd, sd) * 0.6 ** np.abs(i[:, None] - i)),
+        reward=QuadraticReward(matrix=np.diag(np.linspace(0.1, 0.8, 8)), center=np.sin(i)),
+        kl_weight=0.5, eta=eta)
+
+
+def digits_line(digit: int = 3, eta: float = 1.0) -> Problem:
+    """Real 8x8 digits on their first principal axis; the reward is the log posterior probability of a digit.
+
+        r(x) = log P(digit | x) under ten class densities, each a Gaussian mixture fitted to that digit's images
+
+    Truth by quadrature. Data: scikit-learn's 1,797 bundled digits.
+    Source: theory.md, section 1 (mixtures).   Checked: tests/test_zoo.py::test_digits_axes_and_weights
+    """
+    return _digits(digit, eta, dimensions=1, components=2)
+
+
+def digits_plane(digit: int = 3, eta: float = 1.0) -> Problem:
+    """Real 8x8 digits on their first two principal axes, two Gaussian components per class; no exact truth.
+
+    Source: theory.md, section 1 (mixtures).   Checked: tests/test_zoo.py::test_digits_axes_and_weights
+    """
+    return _digits(digit, eta, dimensions=2, components=2)
+
+
+def _digits(digit: int, eta: float, dimensions: int, components: int) -> Problem:
+    if check.integer("digit", digit, at_least=0) > 9:
+        raise ValueError(f"digit: expected 0 ... 9, got {digit}")
+    prior, classes = digit_classes(dimensions, components)
+    data = GaussianMixture(
+        weights=np.concatenate([p * law.weights for p, law in zip(prior, classes, strict=True)]),
+        means=np.concatenate([law.means for law in classes]), covs=np.concatenate([law.covs for law in classes]))
+    reward = ClassLogPosteriorReward(classes, prior, digit)
+    return Problem(VP(beta_min=0.1, beta_max=10.0, horizon=1.0), data, reward, kl_weight=0.5, eta=eta)
+
+
+@lru_cache(maxsize=4)
+def digit_classes(dimensions: int, components: int) -> tuple[Array, tuple[GaussianMixture, ...]]:
+    """Class frequencies (10,) and one fitted mixture per digit, on standardised principal axes.
+
+    Each axis has its largest loading positive and unit variance over all images, so that refits agree in sign.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.decomposition import PCA
+    from sklearn.mixture import GaussianMixture as Fit
+
+    images, labels = load_digits(return_X_y=True)
+    pca = PCA(dimensions, random_state=0, svd_solver="full").fit(images)
+    axes = pca.components_ * np.sign(pca.components_[np.arange(dimensions), np.abs(pca.components_).argmax(axis=1)])[:, None]
+    x = (images - pca.mean_) @ axes.T
+    x = x / x.std(axis=0)
+    prior = np.bincount(labels) / len(labels)
+    fits = [Fit(components, random_state=0, reg_covar=1e-2).fit(x[labels == c]) for c in range(10)]
+    return prior, tuple(GaussianMixture(f.weights_ / f.weights_.sum(), f.means_, f.covariances_) for f in fits)
+
+
+PROBLEMS: tuple[Callable[[], Problem], ...] = (gaussian_pull_2d, mixture_bump_1d, gaussian_8d, digits_line, digits_plane)
