@@ -27,7 +27,7 @@ import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
-from ctrl.noise import AnyNoise
+from ctrl.noise import NoiseLike
 from ctrl.policy import Policy
 from ctrl.problem import Problem
 from ctrl.rollout import Paths, simulate
@@ -110,7 +110,7 @@ class Run:
     problem: Problem
     policy: Policy
     grid: TimeGrid
-    noise: AnyNoise
+    noise: NoiseLike
     paths: Paths
 
     @cached_property
@@ -182,7 +182,7 @@ class Run:
         return np.append(self.coefficients.discount, self.coefficients.final_discount)
 
 
-def _runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise) -> Iterator[Run]:
+def _runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Iterator[Run]:
     """The paths in chunks whose trajectories fit in CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // (8 * problem.dim * (grid.steps + 1)) // noise.group) * noise.group
     for first in range(0, noise.paths, size):
@@ -190,7 +190,7 @@ def _runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise) -> 
         yield Run(problem, policy, grid, part, simulate(problem, policy, grid, part, trajectory=True))
 
 
-def _collect(batches: Iterator[Array], noise: AnyNoise, p: int) -> Gradient:
+def _collect(batches: Iterator[Array], noise: NoiseLike, p: int) -> Gradient:
     """Per-path samples in blocks -> Gradient; samples are kept up to SAMPLES_LIMIT, moments beyond."""
     keep = noise.paths // noise.group * p * 8 <= SAMPLES_LIMIT
     moments, kept, first = _Moments(p), [], 0
@@ -213,7 +213,7 @@ class Estimator(ABC):
     def cotangents(self, run: Run) -> Array:
         """u_i, (n, N, d)."""
 
-    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise) -> Gradient:
+    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
         if self.needs_diffusion:
             problem.require_path_kl()
         batches = (self.samples(run) for run in _runs(problem, policy, grid, noise))
@@ -279,13 +279,13 @@ class ScoreFunction(Estimator):
         u = returns[:, :, None] * run.score_noise
         return u if self.sampled_kl else u + run.kl_term
 
-    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise) -> Gradient:
+    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
         if not isinstance(self.baseline, LeaveOneOut):
             return super().__call__(problem, policy, grid, noise)
         problem.require_path_kl()
         return _AroundMean(self, self._mean_returns(problem, policy, grid, noise), noise)(problem, policy, grid, noise)
 
-    def _mean_returns(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise) -> Array:
+    def _mean_returns(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Array:
         """Mean over all paths of the returns at every step, (N,)."""
         if noise.group > 1:
             raise ValueError("noise: expected independent paths for a leave-one-out baseline, got antithetic pairs")
@@ -306,7 +306,7 @@ class _AroundMean(Estimator):
 
     form: ScoreFunction
     mean: Array
-    noise: AnyNoise
+    noise: NoiseLike
 
     def cotangents(self, run: Run) -> Array:
         n = self.noise.paths
@@ -431,13 +431,13 @@ class FiniteDifference:
     def __post_init__(self) -> None:
         check.number("epsilon", self.epsilon, above=0)
 
-    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise) -> Gradient:
+    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
         p = policy.theta.size
         size = max(1, SAMPLES_LIMIT // 8 // (8 * p) // noise.group) * noise.group
         parts = (noise[first : first + size] for first in range(0, noise.paths, size))
         return _collect((self._samples(problem, policy, grid, part) for part in parts), noise, p)
 
-    def _samples(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise) -> Array:
+    def _samples(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Array:
         out = np.empty((noise.paths, policy.theta.size))
         for j in range(policy.theta.size):
             step = np.zeros(policy.theta.size)

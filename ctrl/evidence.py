@@ -1,0 +1,81 @@
+"""What a number is evidence of: tests of a mean with stated error rates, and fitted orders (theory.md, section 0)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+
+from ctrl.check import Array
+
+FALSE_ALARM = 1e-6
+MISS = 1e-3
+
+
+@dataclass(frozen=True)
+class MeanTest:
+    r"""A two-sided test that a mean equals what theory says, coordinate by coordinate.
+
+        |z_j| = |mean_j - expected_j| / se_j  <=  threshold = Phi^{-1}(1 - false_alarm / (2 p))
+
+    p coordinates share one false-alarm probability (Bonferroni). The numbers are those of the worst coordinate.
+    resolves : the smallest error of the worst-resolved coordinate that is caught with probability 1 - miss
+    Assumes that the mean of n samples is close to normal (n in the thousands, finite variance).
+    Source: theory.md, section 0; TensorFlow Probability's statistical testing.
+    Checked: tests/test_testing.py::test_error_rates_are_as_stated
+    """
+
+    mean: float
+    expected: float
+    standard_error: float
+    z: float
+    threshold: float
+    resolves: float
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.z) <= self.threshold
+
+
+def mean_test(samples: Array, expected: Array | float, *, false_alarm: float = FALSE_ALARM, miss: float = MISS) -> MeanTest:
+    """Test samples (n,) or (n, p) against an expected mean, a number or (p,)."""
+    x = np.asarray(samples, dtype=np.float64)
+    x = x.reshape(len(x), -1)
+    return estimate_test(x.mean(axis=0), x.std(axis=0, ddof=1) / np.sqrt(len(x)), expected, false_alarm=false_alarm, miss=miss)
+
+
+def estimate_test(mean: Array, standard_error: Array, expected: Array | float, *, false_alarm: float = FALSE_ALARM,
+                  miss: float = MISS) -> MeanTest:
+    """Test an estimate (p,) with its standard errors (p,) against an expected value, a number or (p,)."""
+    mean, standard_error = np.atleast_1d(mean), np.atleast_1d(standard_error)
+    expected = np.broadcast_to(np.asarray(expected, dtype=np.float64), mean.shape)
+    gap = mean - expected
+    # A zero standard error leaves no room for chance: any gap above rounding is infinitely many standard errors.
+    floor = 1e-13 * np.maximum(np.abs(expected), np.abs(mean))
+    z = gap / np.maximum(standard_error, np.maximum(floor, 1e-300))
+    threshold = float(-ndtri(false_alarm / (2 * mean.size)))
+    worst = int(np.argmax(np.abs(z)))
+    resolves = (threshold - float(ndtri(miss))) * float(standard_error.max())
+    return MeanTest(float(mean[worst]), float(expected[worst]), float(standard_error[worst]), float(z[worst]), threshold, resolves)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A fitted order of convergence and its standard error."""
+
+    slope: float
+    standard_error: float
+
+
+def fitted_order(dt: Array, error: Array) -> Order:
+    r"""The slope p of  log|error| = a + p log D + b D,  by least squares: the term b D takes up the next order.
+
+    dt, error : (m,), m >= 4.   Source: theory.md, section 0.   Checked: tests/test_testing.py::test_fitted_order
+    """
+    dt, error = np.asarray(dt, dtype=np.float64), np.abs(np.asarray(error, dtype=np.float64))
+    design = np.stack([np.ones_like(dt), np.log(dt), dt / dt.max()], axis=1)
+    solution, *_ = np.linalg.lstsq(design, np.log(error), rcond=None)
+    residual = np.log(error) - design @ solution
+    covariance = np.linalg.inv(design.T @ design) * float(residual @ residual) / max(len(dt) - 3, 1)
+    return Order(float(solution[1]), float(np.sqrt(covariance[1, 1])))

@@ -1,0 +1,192 @@
+"""Verdicts: what was measured against what, and whether it holds; and the cases on which theorems are tried."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ctrl import exact
+from ctrl.check import Array
+from ctrl.evidence import MISS, MeanTest, fitted_order
+from ctrl.laws import Gaussian
+from ctrl.noise import Noise
+from ctrl.policy import BasisPolicy, Monomials
+from ctrl.problem import Problem
+from ctrl.schedule import TimeGrid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ORDER_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of the table. A planted row holds when the error was rejected; a skipped row has holds None and a reason."""
+
+    theorem: str
+    problem: str
+    check: str
+    measured: float | None
+    expected: float | None
+    tolerance: float | None
+    z: float | None
+    holds: bool | None
+    reason: str
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: infinite and NaN numbers become None with the fact told in the reason."""
+        row = dict(vars(self))
+        for name in ("measured", "expected", "tolerance", "z"):
+            if row[name] is not None and not math.isfinite(row[name]):
+                row["reason"] += f" ({name} was {row[name]})"
+                row[name] = None
+        return row
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A named problem with a policy, a grid, a sample size and noise of its own."""
+
+    name: str
+    problem: Problem
+    quick: bool
+    seed: int
+    steps: int = 40
+
+    def at(self, eta: float, **changes: Any) -> Case:
+        """The same case at another eta (and other fields of the problem)."""
+        return replace(self, problem=replace(self.problem, eta=eta, **changes))
+
+    @property
+    def linear(self) -> bool:
+        """Gaussian data and a quadratic reward: the chain is exact in any dimension."""
+        return isinstance(self.problem.data, Gaussian) and self.problem.reward.quadratic(self.problem.dim) is not None
+
+    @property
+    def solvable(self) -> bool:
+        """There is an exact truth: a linear chain, or one dimension."""
+        return self.linear or self.problem.dim == 1
+
+    @property
+    def grid(self) -> TimeGrid:
+        return self.problem.grid(self.steps)
+
+    @cached_property
+    def policy(self) -> BasisPolicy:
+        """A departure from the pre-trained score with a part that depends on x (section 16 says why)."""
+        d = self.problem.dim
+        if isinstance(self.problem.data, Gaussian):
+            return BasisPolicy.scaled(self.problem, scale=0.9, shift=np.full(d, 0.1))
+        return BasisPolicy(self.problem, Monomials(0, self.problem.horizon), W=-0.2 * np.eye(d)[None], w=np.full((1, d), 0.2))
+
+    @cached_property
+    def exploring(self) -> BasisPolicy:
+        """The same mean with sampled actions, Sigma = 0.5 I."""
+        return self.policy.with_exploration(0.5 * np.eye(self.problem.dim))
+
+    @property
+    def paths(self) -> int:
+        return 50_000 if self.quick else 400_000
+
+    def noise(self, label: str, paths: int | None = None) -> Noise:
+        """Independent noise for every label, a pure function of (seed, problem, label)."""
+        key = zlib.crc32(f"{self.name}/{self.problem.eta:g}/{label}".encode())
+        return Noise(seed=(self.seed << 32 | key) % 2**64, paths=paths or self.paths)
+
+    @cached_property
+    def truth(self) -> exact.Truth:
+        return exact.evaluate(self.problem, self.policy, self.grid)
+
+    @cached_property
+    def value(self) -> exact.Value:
+        return exact.value(self.problem, self.policy, self.grid)
+
+
+class Theorem(ABC):
+    """A theorem of the paper with its exact twin, its Monte Carlo twin, its limit and its planted errors."""
+
+    name: str
+    statement: str
+
+    @abstractmethod
+    def checks(self, case: Case) -> Iterator[Verdict]:
+        """All verdicts of this theorem on one case."""
+
+    @abstractmethod
+    def figure(self, case: Case) -> Figure:
+        """What the theorem looks like, drawn on a case with an exact truth."""
+
+    def exact(self, case: Case, measured: ArrayLike, expected: ArrayLike, tolerance: float, what: str) -> Verdict:
+        """An identity to rounding: |measured - expected| <= tolerance * scale, scale the largest |expected| (or 1 below 1e-3)."""
+        worst_measured, worst_expected, allowed, holds = _compare(measured, expected, tolerance)
+        reason = what if holds else f"{what}: measured {worst_measured:.12g} against {worst_expected:.12g}"
+        return Verdict(self.name, case.name, "exact", worst_measured, worst_expected, allowed, None, holds, reason)
+
+    def monte_carlo(self, case: Case, test: MeanTest, resolves: float, what: str) -> Verdict:
+        """A mean test that must be able to see an error of size `resolves`; an underpowered test does not hold."""
+        reason = f"{what}; sees {test.resolves:.2g} with probability {1 - MISS:g}"
+        powered = test.resolves <= resolves
+        if not powered:
+            reason = f"{what}: underpowered, sees {test.resolves:.3g} but must see {resolves:.3g}"
+        elif not test.holds:
+            reason = f"{what}: measured {test.mean:.9g} against {test.expected:.9g}, {abs(test.z):.1f} standard errors"
+        return Verdict(self.name, case.name, "monte_carlo", test.mean, test.expected, test.threshold * test.standard_error, test.z,
+                       test.holds and powered, reason)
+
+    def limit(self, case: Case, dt: ArrayLike, error: ArrayLike, order: float, what: str) -> Verdict:
+        """The fitted order of convergence of a noise-free error."""
+        fit = fitted_order(np.asarray(dt), np.asarray(error))
+        holds = abs(fit.slope - order) <= ORDER_TOLERANCE
+        reason = f"{what}: order {fit.slope:.3f} +- {fit.standard_error:.3f} over D = {np.max(dt):.2g} ... {np.min(dt):.2g}"
+        return Verdict(self.name, case.name, "limit", fit.slope, order, ORDER_TOLERANCE, None, holds, reason)
+
+    def planted(self, case: Case, measured: ArrayLike, expected: ArrayLike, tolerance: float, what: str) -> Verdict:
+        """A wrong formula against an exact check: the row holds when the check rejects it."""
+        worst_measured, worst_expected, allowed, passes = _compare(measured, expected, tolerance)
+        reason = f"planted: {what}" + (" was NOT caught" if passes else "")
+        return Verdict(self.name, case.name, "planted", worst_measured, worst_expected, allowed, None, not passes, reason)
+
+    def planted_sampled(self, case: Case, test: MeanTest, what: str) -> Verdict:
+        """A wrong formula against a Monte Carlo check: the row holds when the check rejects it."""
+        reason = f"planted: {what}" + (" was NOT caught" if test.holds else "")
+        return Verdict(self.name, case.name, "planted", test.mean, test.expected, test.threshold * test.standard_error, test.z,
+                       not test.holds, reason)
+
+    def skipped(self, case: Case, reason: str) -> Verdict:
+        return Verdict(self.name, case.name, "skipped", None, None, None, None, None, reason)
+
+
+def _compare(measured: ArrayLike, expected: ArrayLike, tolerance: float) -> tuple[float, float, float, bool]:
+    """The worst coordinate, what is allowed there, and whether every coordinate is within it."""
+    m, e = np.broadcast_arrays(np.asarray(measured, dtype=np.float64), np.asarray(expected, dtype=np.float64))
+    scale = float(np.max(np.abs(e)))
+    allowed = tolerance * (scale if scale > 1e-3 else 1.0)
+    gap = np.abs(m - e).ravel()
+    worst = int(np.argmax(np.where(np.isfinite(gap), gap, np.inf)))
+    return float(m.ravel()[worst]), float(e.ravel()[worst]), allowed, bool(gap[worst] <= allowed)
+
+
+class Curve(Protocol):
+    """A number as a function of the number of steps."""
+
+    def __call__(self, steps: int) -> float: ...
+
+
+def errors_to(limit: float, curve: Curve, steps: Sequence[int]) -> Array:
+    """|curve(N) - limit| for each N."""
+    return np.array([abs(curve(n) - limit) for n in steps])
+
+
+def differences(curve: Curve, steps: Sequence[int]) -> Array:
+    """|curve(N) - curve(2N)| for each N: the order without a known limit."""
+    return np.array([abs(curve(n) - curve(2 * n)) for n in steps])
