@@ -13,9 +13,11 @@ Array = NDArray[Any]
 def array(name: str, value: ArrayLike, shape: tuple[int | None, ...], letters: str = "") -> Array:
     """A finite, read-only float64 copy of `value` with the given shape (None: any length)."""
     try:
-        out = np.array(value, dtype=np.float64)
+        if np.iscomplexobj(raw := np.asarray(value)):
+            raise TypeError  # a cast would drop the imaginary part
+        out = np.array(raw, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected numbers of shape {letters or shape}, got {value!r:.80}") from None
+        raise ValueError(f"{name}: expected real numbers of shape {letters or _words(shape)}, got {_short(value)}") from None
     if len(out.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, out.shape, strict=True)):
         raise ValueError(f"{name}: expected shape {letters or _words(shape)}, got {out.shape}")
     if not np.all(np.isfinite(out)):
@@ -34,16 +36,16 @@ def number(name: str, value: Any, *, above: float = -np.inf, at_least: float = -
     try:
         out = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected {wanted}, got {value!r:.80}") from None
+        raise ValueError(f"{name}: expected {wanted}, got {_short(value)}") from None
     if not np.isfinite(out) or out <= above or out < at_least:
-        raise ValueError(f"{name}: expected {wanted}, got {value!r:.80}")
+        raise ValueError(f"{name}: expected {wanted}, got {_short(value)}")
     return out
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:
     """A whole number not below `at_least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ValueError(f"{name}: expected an integer >= {at_least}, got {value!r:.80}")
+        raise ValueError(f"{name}: expected an integer >= {at_least}, got {_short(value)}")
     return int(value)
 
 
@@ -72,6 +74,11 @@ def points(name: str, x: ArrayLike, dim: int) -> Array:
     if out.ndim != 2 or out.shape[1] != dim:
         raise ValueError(f"{name}: expected shape (n, {dim}), got {out.shape}")
     return out
+
+
+def _short(value: Any) -> str:
+    """The argument on one line, at most 80 characters."""
+    return " ".join(repr(value).split())[:80]
 
 
 def _words(shape: tuple[int | None, ...]) -> str:

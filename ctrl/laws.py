@@ -94,6 +94,8 @@ class Gaussian:
 
         Source: standard.   Checked: tests/test_laws.py::test_gaussian_kl
         """
+        if not isinstance(other, Gaussian) or other.dim != self.dim:
+            raise ValueError(f"other: expected a Gaussian of dimension {self.dim}, got {type(other).__name__} of dimension {other.dim}")
         gap = other.mean - self.mean
         quadratic = float(np.sum(other.precision * self.cov) + gap @ other.precision @ gap)
         return 0.5 * (quadratic - self.dim) + self.log_normaliser - other.log_normaliser
@@ -121,8 +123,9 @@ class GaussianMixture:
                              f"{w.min(initial=np.inf):.6g}")
         m = check.array("means", means, (w.size, None), f"({w.size}, d)")
         c = check.array("covs", covs, (w.size, m.shape[1], m.shape[1]), f"({w.size}, {m.shape[1]}, {m.shape[1]})")
-        w = w / w.sum()
-        w.flags.writeable = False
+        if abs(float(w.sum()) - 1.0) > w.size * np.finfo(np.float64).eps:  # else keep the bits: normalising twice changes them
+            w = w / w.sum()
+            w.flags.writeable = False
         object.__setattr__(self, "weights", w)
         object.__setattr__(self, "means", m)
         object.__setattr__(self, "covs", check.spd("covs", c))

@@ -176,6 +176,10 @@ class Monomials:
     degree: int
     horizon: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "degree", check.integer("degree", self.degree, at_least=0))
+        object.__setattr__(self, "horizon", check.number("horizon", self.horizon, above=0))
+
     def __call__(self, t: float) -> Array:
         return (t / self.horizon) ** np.arange(self.degree + 1)
 
@@ -186,6 +190,10 @@ class TimeBins:
 
     bins: int
     horizon: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bins", check.integer("bins", self.bins, at_least=1))
+        object.__setattr__(self, "horizon", check.number("horizon", self.horizon, above=0))
 
     def __call__(self, t: float) -> Array:
         return (np.arange(self.bins) == min(int(t / self.horizon * self.bins), self.bins - 1)).astype(np.float64)
@@ -282,8 +290,8 @@ class BasisPolicy(Policy):
         self._set(problem, basis, theta, exploration)
 
     def _set(self, problem: Problem, basis: Basis, theta: Array, exploration: ArrayLike | None) -> None:
-        theta = np.array(theta, dtype=np.float64)
-        theta.flags.writeable = False
+        d = problem.dim
+        theta = _theta(theta, basis.adjoint(0.0, np.zeros((d, d)), np.zeros(d)).size)
         object.__setattr__(self, "problem", problem)
         object.__setattr__(self, "basis", basis)
         object.__setattr__(self, "theta", theta)

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ctrl import check
 from ctrl.check import Array
 from ctrl.laws import Gaussian, GaussianMixture, Law, StartNoise, noised_law, noised_laws
-from ctrl.policy import AffinePolicy, MixturePolicy, Policy
+from ctrl.policy import AffinePolicy, CallablePolicy, MixturePolicy, Policy
 from ctrl.reward import Reward
 from ctrl.schedule import Coefficients, Schedule, TimeGrid
 
@@ -64,8 +64,11 @@ class Problem:
         return TimeGrid.uniform(steps, self.horizon)
 
     def marginal(self, t: float) -> Law:
-        """The noised data law p_{T-t} at generation time t."""
-        return noised_law(self.schedule, self.data, float(t))
+        """The noised data law p_{T-t} at generation time t in [0, T]."""
+        t = float(t)
+        if not 0 <= t <= self.horizon * (1 + 1e-12):  # also refuses NaN
+            raise ValueError(f"t: expected a generation time in [0, {self.horizon:g}], got {t:g}")
+        return noised_law(self.schedule, self.data, t)
 
     def score(self, t: float, x: ArrayLike) -> Array:
         """The pre-trained action s(t, x) = grad log p_{T-t}(x), (n, d) -> (n, d)."""
@@ -95,6 +98,8 @@ class Problem:
 
     def coefficients(self, grid: TimeGrid) -> Coefficients:
         """Left-point coefficients of the generation SDE on a grid."""
+        if not isinstance(grid, TimeGrid):
+            raise ValueError(f"grid: expected a TimeGrid, got {type(grid).__name__}")
         if grid.times[-1] > self.horizon * (1 + 1e-12):
             raise ValueError(f"grid: expected times up to the horizon {self.horizon:g}, got {grid.times[-1]:.6g}")
         return _coefficients(self.schedule, grid, self.eta, self.discount)
@@ -109,13 +114,13 @@ class Problem:
         """What every solver and simulator checks first: dimensions, entropy, and a warning for an unstable grid."""
         if not isinstance(policy, Policy):
             raise ValueError(f"policy: expected a policy of this library, got {type(policy).__name__}")
-        parts = policy.parts(grid)
-        if parts is not None and parts.k.shape[1] != self.dim:
-            raise ValueError(f"policy: expected dimension {self.dim} like the problem, got {parts.k.shape[1]}")
+        c = self.coefficients(grid)
+        dim = policy.state_dim if isinstance(policy, CallablePolicy) else policy.dim
+        if dim not in (None, self.dim):
+            raise ValueError(f"policy: expected dimension {self.dim} like the problem, got {dim}")
         if self.entropy_weight > 0 and policy.exploration is None:
             raise ValueError("entropy_weight: expected a policy with exploration (mean actions have no entropy), "
                              "got exploration=None")
-        c = self.coefficients(grid)
         lowest = self._lowest_slope(policy, grid, bound=True)
         if np.any(1 - c.dt * c.f + c.dt * c.h * lowest < -1) and (factor := self.stability_factor(policy, grid)) < -1:
             warnings.warn(f"unstable grid: a step multiplies some direction by {factor:.3g} (below -1); use more steps",

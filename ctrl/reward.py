@@ -168,12 +168,14 @@ class ClassLogPosteriorReward(Reward):
 
     def __init__(self, laws: tuple[Law, ...], prior: ArrayLike, label: int) -> None:
         laws = tuple(laws)
+        if not all(isinstance(law, (Gaussian, GaussianMixture)) for law in laws):
+            raise ValueError(f"laws: expected Gaussians or GaussianMixtures, got {[type(law).__name__ for law in laws]}")
         if len(laws) < 2 or len({law.dim for law in laws}) != 1:
             raise ValueError(f"laws: expected at least two laws of one dimension, got dimensions {[a.dim for a in laws]}")
         w = check.array("prior", prior, (len(laws),), f"({len(laws)},)")
         if np.any(w <= 0) or abs(float(w.sum()) - 1) > 1e-8:
             raise ValueError(f"prior: expected positive numbers that sum to 1, got sum {w.sum():.12g}")
-        if not 0 <= label < len(laws):
+        if check.integer("label", label, at_least=0) >= len(laws):
             raise ValueError(f"label: expected a class index in 0 ... {len(laws) - 1}, got {label}")
         object.__setattr__(self, "laws", laws)
         object.__setattr__(self, "prior", w)

@@ -252,12 +252,14 @@ class VE(Schedule):
         return self.sigma_min**2 * float(np.expm1(2 * self.log_ratio * tau / self.horizon))
 
     def geometric_grid(self, steps: int, sigma_first: float | None = None) -> TimeGrid:
-        r"""Steps of equal ratio in v + offset: the VE chain needs them (theory.md, section 2).
+        r"""Steps of equal ratio in sigma(tau) - sigma(0): the VE chain needs them (theory.md, section 2).
 
-            tau_i such that sigma(tau_i) - sigma(0) decreases geometrically; the last step ends at data.
+            sigma(tau_i) - sigma(0) decreases geometrically down to `sigma_first` (default sigma_min / 10); the last step ends at data.
         """
         steps = check.integer("steps", steps, at_least=2)
         low = self.sigma_min * 0.1 if sigma_first is None else check.number("sigma_first", sigma_first, above=0)
+        if low >= self.sigma_max - self.sigma_min:
+            raise ValueError(f"sigma_first: expected less than sigma_max - sigma_min = {self.sigma_max - self.sigma_min:g}, got {low:g}")
         gap = np.geomspace(self.sigma_max - self.sigma_min, low, steps)
         tau = self.horizon * np.log1p(gap / self.sigma_min) / self.log_ratio
         return TimeGrid(np.concatenate([[0.0], [self.t(x) for x in tau[1:]], [self.horizon]]))

@@ -9,6 +9,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -63,9 +64,9 @@ def load(path: str | Path) -> Any:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
         tree = record["object"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        return _decode(tree, arrays)
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"path: expected a file written by ctrl.save, got {path.name} ({error})") from None
-    return _decode(tree, arrays)
 
 
 def _encode(value: Any, arrays: dict[str, np.ndarray] | None) -> Any:
@@ -93,6 +94,6 @@ def _decode(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
         return tuple(_decode(v, arrays) for v in tree["tuple"])
     kinds = {cls.__name__: cls for cls in STORABLE}
     if tree.get("type") not in kinds:
-        raise ValueError(f"path: expected types of this library in the file, got {tree.get('type')!r}")
+        raise ValueError(f"unknown type {tree.get('type')!r}")
     values = {name: _decode(v, arrays) for name, v in tree["fields"].items()}
     return P.BasisPolicy.of(**values) if tree["type"] == "BasisPolicy" else kinds[tree["type"]](**values)
