@@ -182,7 +182,7 @@ class Run:
         return np.append(self.coefficients.discount, self.coefficients.final_discount)
 
 
-def _runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Iterator[Run]:
+def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Iterator[Run]:
     """The paths in chunks whose trajectories fit in CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // (8 * problem.dim * (grid.steps + 1)) // noise.group) * noise.group
     for first in range(0, noise.paths, size):
@@ -216,7 +216,7 @@ class Estimator(ABC):
     def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
         if self.needs_diffusion:
             problem.require_path_kl()
-        batches = (self.samples(run) for run in _runs(problem, policy, grid, noise))
+        batches = (self.samples(run) for run in runs(problem, policy, grid, noise))
         return _collect(batches, noise, policy.theta.size)
 
     def samples(self, run: Run) -> Array:
@@ -293,7 +293,7 @@ class ScoreFunction(Estimator):
             raise ValueError(f"noise: expected at least 2 paths for a leave-one-out baseline, got {noise.paths}")
         w = np.full(noise.paths, 1 / noise.paths) if noise.weights is None else noise.weights
         mean, first = np.zeros(grid.steps), 0
-        for run in _runs(problem, policy, grid, noise):
+        for run in runs(problem, policy, grid, noise):
             returns = self.returns(run)
             mean += w[first : first + len(returns)] @ returns
             first += len(returns)

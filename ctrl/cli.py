@@ -1,0 +1,114 @@
+"""The command line: `ctrl verify`, `ctrl zoo`, `ctrl --version` (exit 0: all holds, 1: a verdict fails, 2: bad usage)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import ctrl
+
+DISTRIBUTION = "scores-as-actions"
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every theorem on every problem: exact twins, Monte Carlo twins, limits and planted errors."""
+
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Smaller samples and fewer step sizes."""
+    only: tuple[str, ...] = ()
+    """Theorems to run (default: all)."""
+    problem: str | None = None
+    """A problem of your own, FILE.py:NAME, in the place of the zoo."""
+    out: Path = Path("verify")
+    """Folder for verdicts.json and one figure per theorem."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the verdicts already in the folder."""
+    seed: int = 0
+    """Seed of all noise."""
+    threads: int | None = None
+    """Threads of the simulation kernels (same bits for any number)."""
+
+    def run(self) -> int:
+        from ctrl.verify import Settings, verify
+
+        rows = verify(Settings(self.quick, self.only, self.problem, self.out, self.resume, self.seed, self.threads))
+        return 0 if all(row.holds is not False for row in rows) else 1
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """List the named problems, with what is known of each."""
+
+    def run(self) -> int:
+        from ctrl import zoo
+
+        for make in zoo.PROBLEMS:
+            summary = " ".join((make.__doc__ or "").split("\n")[0].split())
+            print(f"{make.__name__}\n    {summary}\n    {_known(make())}")
+        return 0
+
+
+def _known(problem: ctrl.Problem, steps: int = 50) -> str:
+    """One line: dimensions and weights, and the exact numbers of a chain of `steps` steps where there are any."""
+    from ctrl import exact
+
+    grid = problem.grid(steps)
+    line = f"d = {problem.dim}, {type(problem.data).__name__}, lambda = {problem.kl_weight:g}, eta = {problem.eta:g}; "
+    try:
+        truth = exact.evaluate(problem, problem.pretrained(grid), grid)
+    except ValueError:
+        return line + "no exact truth: identities, and estimators against each other"
+    line += f"truth by {truth.method}: pre-trained E r = {truth.expected_reward:.6f}"
+    if truth.method == "chain":
+        best = exact.optimum(problem, grid)
+        line += f", optimum J* = {best.objective:.6f} at {best.path_kl:.4f} nats"
+    return line + f" (N = {steps})"
+
+
+Command = Annotated[Verify, tyro.conf.subcommand("verify")] | Annotated[Zoo, tyro.conf.subcommand("zoo")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; bad usage is one line on stderr and exit code 2, never a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        print(f"ctrl {ctrl.__version__}")
+        return 0
+    command: Verify | Zoo = tyro.cli(Command, args=given, prog="ctrl", description=ctrl.__doc__)  # type: ignore[arg-type]
+    try:
+        return command.run()
+    except ModuleNotFoundError as error:
+        print(f"ctrl: error: {missing(error.name or '')}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"ctrl: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("ctrl: interrupted; verdicts computed so far are on disk, --resume goes on", file=sys.stderr)
+        return 130
+    return 2
+
+
+def missing(module: str) -> str:
+    """What to install for a module that is not there: the extra that lists it, read from this distribution's metadata."""
+    package = module.split(".")[0].replace("_", "-")
+    try:
+        wanted = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:
+        wanted = []
+    for line in wanted:
+        name = re.split(r"[ <>=!~;\[(]", line, maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        if name.lower() == package.lower() and extra:
+            return f"{module} is missing; it comes with the extra {extra[1]}: pip install '{DISTRIBUTION}[{extra[1]}]'"
+    return f"the module {module} is missing; pip install {module}"
+
+
+def entry() -> None:
+    sys.exit(main())

@@ -1,0 +1,316 @@
+r"""Theorem `path_kl`: Girsanov, and what the regulariser really is (theory.md, section 4).
+
+    KL(P_theta || P_pre) = E_theta int kappa |mu - s|^2 dt,      kappa = h^2 / (2 eta^2 g^2),   nats
+
+On the chain the left-point sum is exact, because each step is a pair of Gaussians with covariance eta^2 g^2 D I whose means
+are h D (mu - s) apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ctrl import exact
+from ctrl.check import Array
+from ctrl.estimators import Run, runs
+from ctrl.evidence import mean_test
+from ctrl.exact.chain import LinearChain
+from ctrl.laws import Gaussian
+from ctrl.schedule import TimeGrid
+from ctrl.theorems import style
+from ctrl.theorems.verdict import Case, Theorem, Verdict, differences, errors_to
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+JOINT_STEPS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class JointLaw:
+    """The whole path (X_0, ..., X_N) of a linear-Gaussian chain as one Gaussian vector: mean + factor @ standard normals."""
+
+    mean: Array
+    factor: Array
+    dim: int
+
+    @classmethod
+    def of(cls, chain: LinearChain) -> JointLaw:
+        (A, c), R, start = chain.maps, chain.step_cov, chain.problem.start_law
+        d, n = chain.problem.dim, len(A)
+        mean, factor = np.zeros((n + 1, d)), np.zeros((n + 1, d, n + 1, d))
+        mean[0], factor[0, :, 0] = start.mean, np.linalg.cholesky(start.cov)
+        for i in range(n):
+            mean[i + 1] = A[i] @ mean[i] + c[i]
+            factor[i + 1] = np.einsum("ab,bjk->ajk", A[i], factor[i])
+            factor[i + 1, :, i + 1] += np.linalg.cholesky(R[i])
+        return cls(mean.ravel(), factor.reshape((n + 1) * d, (n + 1) * d), d)
+
+    def kl(self, other: JointLaw) -> float:
+        """KL between two path laws as plain Gaussians in (N + 1) d dimensions: no step, no kappa, no Girsanov."""
+        ratio = np.linalg.solve(other.factor, self.factor)
+        gap = np.linalg.solve(other.factor, self.mean - other.mean)
+        return 0.5 * (float(np.sum(ratio**2)) - len(ratio) + float(gap @ gap)) - float(np.linalg.slogdet(ratio)[1])
+
+    def terminal(self) -> Gaussian:
+        last = self.factor[-self.dim :]
+        return Gaussian(self.mean[-self.dim :], last @ last.T)
+
+    def conditional_kl(self, other: JointLaw) -> float:
+        """E KL( P(. | X_N) || P'(. | X_N) ) under self, from the two conditional Gaussians."""
+        (B, b, C), (B2, b2, C2) = self._given_end(), other._given_end()
+        end, n = self.terminal(), len(C)
+        precision = np.linalg.inv(C2)
+        slope, gap = B - B2, (B - B2) @ end.mean + b - b2
+        spread = float(np.sum(precision * C) + np.sum(precision * (slope @ end.cov @ slope.T)) + gap @ precision @ gap)
+        return 0.5 * (spread - n + float(np.linalg.slogdet(C2)[1] - np.linalg.slogdet(C)[1]))
+
+    def _given_end(self) -> tuple[Array, Array, Array]:
+        """X_0 ... X_{N-1} given X_N = x: mean B x + b, covariance C."""
+        d, cov = self.dim, self.factor @ self.factor.T
+        B = np.linalg.solve(cov[-d:, -d:], cov[-d:, :-d]).T
+        return B, self.mean[:-d] - B @ self.mean[-d:], cov[:-d, :-d] - B @ cov[-d:, :-d]
+
+
+def wrong_rates(case: Case) -> list[tuple[str, Array, str]]:
+    """(what, weight of |mu - s|^2 per step in the place of kappa_i D_i, why it is invisible here or "")."""
+    c, d, schedule = case.problem.coefficients(case.grid), case.problem.dim, case.problem.schedule
+    right = c.kappa * c.dt
+    v = np.array([schedule.v(schedule.tau(float(t))) for t in case.grid.times[:-1]])
+    return [
+        ("g^2 for g^2/2", c.g2 * c.dt, "" if not np.allclose(c.g2 * c.dt, right) else "g^2 equals kappa at this eta"),
+        ("g^2/2 kept at eta != 1", 0.5 * c.g2 * c.dt, "eta = 1: kappa is g^2/2" if case.problem.eta == 1 else ""),
+        ("time step missing in the sum", c.kappa, ""),
+        ("time step missing in the variance", right * c.dt, ""),
+        ("mean over dimensions", right / d, "d = 1" if d == 1 else ""),
+        ("unweighted |eps - eps_ref|^2", v, ""),
+        ("full log-SNR step for its half", 2 * right, ""),
+    ]
+
+
+def kl_under(case: Case, run: Run) -> Array:
+    """The integrand |mu - s|^2 per path and step, (n, N), whatever policy the run was drawn from."""
+    steps = (case.policy.mean(case.grid, i, run.states[:, i]) - case.problem.score(float(t), run.states[:, i])
+             for i, t in enumerate(case.grid.times[:-1]))
+    return np.stack([np.sum(gap**2, axis=1) for gap in steps], axis=1)
+
+
+class PathKL(Theorem):
+    """Path KL: exact as a left-point sum, a log-likelihood ratio in the mean, and larger than the terminal KL."""
+
+    name = "path_kl"
+    statement = "KL(P_theta || P_pre) = E_theta ∫ κ |μ - s|² dt,  κ = h²/(2 η² g²), nats; the left-point sum is exact on the chain"
+
+    def checks(self, case: Case) -> Iterator[Verdict]:
+        for eta in (1.0, 0.5):
+            at, tag = case.at(eta), "" if eta == 1 else f"eta = {eta:g}: "
+            yield from self._exact_twin(at, tag)
+            yield from self._monte_carlo_twin(at, tag)
+            yield from self._planted(at, tag)
+            yield from self._limit(at, tag)
+
+    def _exact_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
+        yield self._step_identity(case, tag)
+        if case.linear:
+            short = replace(case, steps=JOINT_STEPS)
+            here = JointLaw.of(LinearChain(short.problem, short.policy, short.grid))
+            pre = JointLaw.of(LinearChain(short.problem, short.problem.pretrained(short.grid), short.grid))
+            yield self.exact(case, here.kl(pre), short.truth.path_kl, 1e-10, f"{tag}KL of the joint path laws = left-point sum")
+            yield self.exact(case, here.terminal().kl(pre.terminal()), short.truth.terminal_kl, 1e-10, f"{tag}terminal KL by the joint law")
+            gap = short.truth.path_kl - short.truth.terminal_kl
+            yield self.exact(case, here.conditional_kl(pre), gap, 1e-8, f"{tag}path KL - terminal KL = E KL of the paths given X_N")
+            rates = [exact.limit.marginal_kl_rate(case.problem, case.policy, t * case.problem.horizon) for t in (0.2, 0.5, 0.9)]
+            yield self.exact(case, [r.formula for r in rates], [r.derivative for r in rates], 1e-8, f"{tag}rate of the marginal KL")
+        elif case.problem.dim == 1:
+            short = replace(case, steps=8)
+            yield self.exact(case, dense_path_kl(short), short.truth.path_kl, 1e-9, f"{tag}E log-ratio of densities on a lattice = left-point sum")
+            ordered = float(short.truth.terminal_kl <= short.truth.path_kl)
+            yield self.exact(case, ordered, 1.0, 0.0, f"{tag}terminal KL <= path KL")
+
+    def _step_identity(self, case: Case, tag: str) -> Verdict:
+        """KL of the two transition densities of one step, by sign nodes, against kappa D |mu - s|^2."""
+        run = next(runs(case.problem, case.policy, case.grid, case.noise("step", 64)))
+        c, left, right = case.problem.coefficients(case.grid), [], []
+        for i in range(0, case.steps, 7):
+            x = run.states[:, i]
+            mu, s = case.policy.mean(case.grid, i, x), case.problem.score(float(case.grid.times[i]), x)
+            mean, mean_pre, sd = (c.h[i] * c.dt[i] * mu, c.h[i] * c.dt[i] * s, c.noise[i])
+            # log N(y; mean) - log N(y; mean_pre) is linear in y, so two nodes per coordinate, y = mean +- sd, are exact.
+            nodes = np.stack([mean + sd, mean - sd])
+            left.append((((nodes - mean_pre) ** 2 - (nodes - mean) ** 2) / (2 * sd**2)).mean(axis=0).sum(axis=1))
+            right.append(c.kappa[i] * c.dt[i] * np.sum((mu - s) ** 2, axis=1))
+        return self.exact(case, np.stack(left), np.stack(right), 1e-11, f"{tag}KL of one step's transition densities = kappa D |mu - s|^2")
+
+    def _monte_carlo_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
+        n = case.paths // 2
+        log_weight, penalty = self._ratios(case, n)
+        scale = case.truth.path_kl if case.solvable else float(penalty.mean())
+        if case.solvable:
+            yield self.monte_carlo(case, mean_test(log_weight, scale), 0.15 * scale, f"{tag}mean log dP_theta/dP_pre = path KL")
+            yield self.monte_carlo(case, mean_test(penalty, scale), 0.05 * scale, f"{tag}mean of the running penalty = path KL")
+        yield self.monte_carlo(case, mean_test(log_weight - penalty, 0.0), 0.15 * scale, f"{tag}log-ratio and penalty agree in the mean")
+        yield self.monte_carlo(case, mean_test(np.exp(-log_weight), 1.0), 0.1, f"{tag}E_theta[dP_pre/dP_theta] = 1")
+        forward = np.concatenate([self._log_ratio_under_pre(case, run) for run in self._pre_runs(case, n)])
+        yield self.monte_carlo(case, mean_test(np.exp(forward), 1.0), 0.1, f"{tag}E_pre[dP_theta/dP_pre] = 1")
+
+    def _ratios(self, case: Case, n: int) -> tuple[Array, Array]:
+        from ctrl.rollout import simulate
+
+        paths = simulate(case.problem, case.policy, case.grid, case.noise("path KL", n))
+        return paths.log_weight, paths.penalty
+
+    def _pre_runs(self, case: Case, n: int) -> Iterator[Run]:
+        return runs(case.problem, case.problem.pretrained(case.grid), case.grid, case.noise("under pre", n))
+
+    def _log_ratio_under_pre(self, case: Case, run: Run) -> Array:
+        """sum (u'xi - |u|^2/2) along P_pre paths, (n,)."""
+        c, total = run.coefficients, np.zeros(len(run.states))
+        for i, t in enumerate(case.grid.times[:-1]):
+            x = run.states[:, i]
+            u = np.sqrt(2 * c.kappa[i] * c.dt[i]) * (case.policy.mean(case.grid, i, x) - case.problem.score(float(t), x))
+            total += np.sum(u * run.xi[:, i], axis=1) - 0.5 * np.sum(u**2, axis=1)
+        return total
+
+    def _planted(self, case: Case, tag: str) -> Iterator[Verdict]:
+        if case.linear:
+            yield from self._planted_exactly(case, tag)
+            return
+        n = case.paths // 5
+        squared = np.concatenate([np.sum(run.departure**2, axis=2) for run in runs(case.problem, case.policy, case.grid, case.noise("planted", n))])
+        c = case.problem.coefficients(case.grid)
+        right = squared @ (c.kappa * c.dt)
+        for what, weight, invisible in wrong_rates(case):
+            if invisible:
+                yield self.skipped(case, f"{tag}{what}: invisible, {invisible}")
+            else:
+                yield self.planted_sampled(case, mean_test(squared @ weight - right, 0.0), f"{tag}{what}")
+        under_pre = np.concatenate([kl_under(case, run) @ (c.kappa * c.dt) for run in self._pre_runs(case, n)])
+        paired = mean_test(under_pre - right[: len(under_pre)], 0.0)
+        yield self.planted_sampled(case, paired, f"{tag}reverse KL, i.e. expectation over P_pre states")
+
+    def _planted_exactly(self, case: Case, tag: str) -> Iterator[Verdict]:
+        squared = LinearChain(case.problem, case.policy, case.grid).mean_departure
+        for what, weight, invisible in wrong_rates(case):
+            if invisible:
+                yield self.skipped(case, f"{tag}{what}: invisible, {invisible}")
+            else:
+                yield self.planted(case, weight @ squared, case.truth.path_kl, 1e-9, f"{tag}{what}")
+        yield self.planted(case, reverse_kl(case), case.truth.path_kl, 1e-9, f"{tag}reverse KL, i.e. expectation over P_pre states")
+        yield self.planted(case, mismatched_eta_kl(case, 1.1), case.truth.path_kl, 1e-9, f"{tag}eta of the policy unlike eta of the reference")
+        rate = exact.limit.marginal_kl_rate(case.problem, case.policy, 0.5 * case.problem.horizon)
+        fisher = marginal_fisher(case, 0.5 * case.problem.horizon)
+        yield self.planted(case, rate.formula + fisher, rate.derivative, 1e-8, f"{tag}marginal KL rate without its Fisher term")
+
+    def _limit(self, case: Case, tag: str) -> Iterator[Verdict]:
+        def path_kl(steps: int) -> float:
+            return exact.evaluate(case.problem, case.policy, case.problem.grid(steps)).path_kl
+
+        if case.linear:
+            steps = [50, 100, 200, 400, 800]
+            errors = errors_to(exact.limit.evaluate(case.problem, case.policy).path_kl, path_kl, steps)
+        elif case.problem.dim == 1:
+            steps = [20, 40, 80, 160]
+            errors = differences(path_kl, steps)
+        else:
+            yield self.skipped(case, f"{tag}limit: no exact chain for mixtures in {case.problem.dim} dimensions")
+            return
+        dt = case.problem.horizon / np.array(steps)
+        yield self.limit(case, dt, errors, 1.0, f"{tag}path KL of the chain -> continuous path KL")
+
+    def figure(self, case: Case) -> Figure:
+        """Left: exact against sampled path KL over N; middle: wrong KLs over N; right: order towards the limit."""
+        with style.panels(3, "path_kl: KL(P_θ || P_pre) = E ∫ κ |μ − s|² dt") as (figure, (left, middle, right)):
+            steps = np.array([10, 20, 40, 80, 160])
+            self._draw_sampled(left, case, steps)
+            self._draw_wrong(middle, case, steps)
+            for j, eta in enumerate((0.5, 1.0, 1.5)):
+                at = case.at(eta)
+                curve = [exact.evaluate(at.problem, at.policy, at.problem.grid(int(n))).path_kl for n in 4 * steps]
+                limit = exact.limit.evaluate(at.problem, at.policy).path_kl
+                style.order_line(right, case.problem.horizon / (4 * steps), np.abs(np.array(curve) - limit), f"η = {eta:g}", j)
+            right.set(title="Limit: chain to continuous time", xlabel="step length D (time units)", ylabel="|path KL − limit| (nats)")
+            right.legend()
+            return figure
+
+    def _draw_sampled(self, ax: style.Axes, case: Case, steps: Array) -> None:
+        for j, eta in enumerate((0.5, 1.0, 1.5)):
+            at = case.at(eta)
+            cases = [replace(at, steps=int(n)) for n in steps]
+            ax.plot(steps, [c.truth.path_kl for c in cases], color=style.COLOURS[j], linestyle=style.LINES[j], label=f"path KL, η = {eta:g}")
+            sampled = [self._ratios(c, 20_000)[0] for c in cases]
+            ax.errorbar(steps, [s.mean() for s in sampled], [1.96 * s.std() / np.sqrt(len(s)) for s in sampled], fmt=style.MARKERS[j],
+                        color=style.COLOURS[j], capsize=2)
+        terminal = [replace(case, steps=int(n)).truth.terminal_kl for n in steps]
+        ax.plot(steps, terminal, color=style.GREY, linestyle=":", label="terminal KL, η = 1")
+        ax.set(xscale="log", ylim=(0, None), xlabel="steps N", ylabel="KL (nats)", title="Exact (lines), mean log-ratio ± 95 % (points)")
+        ax.legend()
+
+    def _draw_wrong(self, ax: style.Axes, case: Case, steps: Array) -> None:
+        at = case.at(0.5)
+        cases = [replace(at, steps=int(n)) for n in steps]
+        squared = [LinearChain(c.problem, c.policy, c.grid).mean_departure for c in cases]
+        ax.plot(steps, [c.truth.path_kl for c in cases], color="black", linewidth=2.5, label="path KL")
+        for j, (what, _, _) in enumerate(wrong_rates(at)[:6]):
+            wrong = [wrong_rates(c)[j][1] @ s for c, s in zip(cases, squared, strict=True)]
+            ax.plot(steps, wrong, color=style.COLOURS[j], linestyle=style.LINES[j], marker=style.MARKERS[j], label=what)
+        ax.set(xscale="log", yscale="log", xlabel="steps N", ylabel="claimed KL (nats)", title="Planted errors at η = 0.5")
+        ax.set_ylim(top=ax.get_ylim()[1] * 60)
+        ax.legend(fontsize=7, ncols=2, loc="upper left")
+
+
+def dense_path_kl(case: Case, points: int = 1201) -> float:
+    r"""E_theta sum_i int p(y | x) log[ p(y | x) / p_pre(y | x) ] dy in 1-D, every density on one lattice (no kappa).
+
+    Source: theory.md, section 4.   Checked: tests/test_theorem_path_kl.py::test_all_verdicts_hold
+    """
+    problem, grid = case.problem, case.grid
+    c, start = problem.coefficients(grid), problem.start_law
+    wide = 10 * max(1.0, float(np.sqrt(np.max(problem.data.cov) + np.max(problem.data.mean**2))))
+    x = np.linspace(-wide, wide, points)
+    dx = 2 * wide / (points - 1)
+    density, total = np.exp(start.log_density(x[:, None])), 0.0
+    for i, t in enumerate(grid.times[:-1]):
+        keep = density * dx > 1e-18
+        y = x[keep, None]
+        drift = (1 - c.dt[i] * c.f[i]) * y
+        here = drift + c.h[i] * c.dt[i] * case.policy.mean(grid, i, y)
+        pre = drift + c.h[i] * c.dt[i] * problem.score(float(t), y)
+        level = -0.5 * np.log(2 * np.pi * c.noise[i] ** 2)
+        log_p = level - (x - here) ** 2 / (2 * c.noise[i] ** 2)
+        log_q = level - (x - pre) ** 2 / (2 * c.noise[i] ** 2)
+        flow = density[keep, None] * dx * np.exp(log_p)
+        total += float(np.sum(flow * (log_p - log_q))) * dx
+        density = flow.sum(axis=0)
+    return total
+
+
+def reverse_kl(case: Case) -> float:
+    """E_pre sum kappa D |mu - s|^2: the same integrand over the states of the pre-trained chain."""
+    c = case.problem.coefficients(case.grid)
+    dK, dk = LinearChain(case.problem, case.policy, case.grid).departure
+    m, P = LinearChain(case.problem, case.problem.pretrained(case.grid), case.grid).moments
+    squared = np.einsum("kij,kjl,kil->k", dK, P[:-1], dK) + np.sum((np.einsum("kij,kj->ki", dK, m[:-1]) + dk) ** 2, axis=1)
+    return float((c.kappa * c.dt) @ squared)
+
+
+def mismatched_eta_kl(case: Case, factor: float) -> float:
+    """KL when the reference chain runs with eta' = factor * eta: variances differ at every step, so it grows like N."""
+    other = case.at(case.problem.eta * factor)
+    short, short_other = replace(case, steps=JOINT_STEPS), replace(other, steps=JOINT_STEPS)
+    here = JointLaw.of(LinearChain(short.problem, short.policy, short.grid))
+    reference = LinearChain(short_other.problem, short_other.problem.pretrained(short_other.grid), short_other.grid)
+    return here.kl(JointLaw.of(reference))
+
+
+def marginal_fisher(case: Case, t: float) -> float:
+    """1/2 eta^2 g^2 E_p |grad log(p / p_pre)|^2 at generation time t, from chains of 400 steps up to t."""
+    grid = TimeGrid(np.linspace(0.0, t, 401))
+    (m, P), (n, R) = (tuple(v[-1] for v in LinearChain(case.problem, policy, grid).moments)
+                      for policy in (case.policy, case.problem.pretrained(grid)))
+    A, at_mean = np.linalg.inv(R) - np.linalg.inv(P), np.linalg.solve(R, m - n)
+    g2 = case.problem.schedule.rates(t, case.problem.eta)[1]
+    return 0.5 * case.problem.eta**2 * g2 * float(np.trace(A @ P @ A) + at_mean @ at_mean)

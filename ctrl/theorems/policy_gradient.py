@@ -1,0 +1,380 @@
+r"""Theorem `policy_gradient`: one gradient, many estimators (theory.md, section 7).
+
+    grad J = E int (d mu)' [ h grad V - 2 lambda kappa (mu - s) ] dt = E int E_{a ~ pi}[ grad log pi(a | t, X) q(t, X, a) ] dt
+
+On the chain every estimator of `ctrl.estimators` has this mean exactly. Sign patterns in the place of noise show it to
+rounding; wrong formulas that people really write are shown to miss it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ctrl import exact
+from ctrl.check import Array
+from ctrl.estimators import (ActionNoise, Estimator, FiniteDifference, LeaveOneOut, Pathwise, RewardToGo, Run, ScoreFunction,
+                             TemporalDifference, ValueFunction, ValueGradient, runs)
+from ctrl.evidence import mean_test
+from ctrl.noise import Noise
+from ctrl.theorems import style
+from ctrl.theorems.verdict import Case, Theorem, Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNBIASED = 1e-10
+PATTERN_VARIABLES = 14
+
+
+@dataclass(frozen=True, eq=False)
+class Spline:
+    """A 1-D value function tabulated on a lattice, for Monte Carlo use: spline error far below sampling noise."""
+
+    splines: Sequence
+    value: exact.Value
+
+    @classmethod
+    def of(cls, value: exact.Value, steps: int, low: float, high: float) -> Spline:
+        from scipy.interpolate import CubicSpline
+
+        x = np.linspace(low, high, 601)
+        return cls([CubicSpline(x, value(i, x[:, None])) for i in range(steps + 1)], value)
+
+    def __call__(self, i: int, x: Array) -> Array:
+        return self.splines[i](x[:, 0])
+
+    def gradient(self, i: int, x: Array) -> Array:
+        return self.splines[i](x[:, 0], 1)[:, None]
+
+
+def estimators(value: ValueFunction | None) -> list[tuple[str, Estimator]]:
+    """The unbiased estimators for mean actions; those that need a value only when there is one."""
+    free: list[tuple[str, Estimator]] = [
+        ("score function", ScoreFunction()), ("score function, k1 in the return", ScoreFunction(sampled_kl=True)),
+        ("reward-to-go", RewardToGo()), ("reward-to-go, k1 in the return", RewardToGo(sampled_kl=True)),
+        ("reward-to-go, leave-one-out baseline", RewardToGo(baseline=LeaveOneOut())), ("pathwise", Pathwise())]
+    if value is None:
+        return free
+    return [*free, ("reward-to-go, baseline V", RewardToGo(baseline=value)), ("temporal difference", TemporalDifference(value)),
+            ("value gradient", ValueGradient(value))]
+
+
+@dataclass(frozen=True, eq=False)
+class Folded(ScoreFunction):
+    """(A) the cost in the return and no e_i: reward folding."""
+
+    def cotangents(self, run: Run) -> Array:
+        return super().cotangents(run) - run.kl_term
+
+
+@dataclass(frozen=True, eq=False)
+class DetachedKL(Estimator):
+    """(B) e_i but the cost not in the return: KL as a per-step loss on detached states."""
+
+    def cotangents(self, run: Run) -> Array:
+        return run.reward[:, None, None] * run.score_noise + run.kl_term
+
+
+@dataclass(frozen=True, eq=False)
+class NoKL(Estimator):
+    """(C) neither."""
+
+    def cotangents(self, run: Run) -> Array:
+        return run.reward[:, None, None] * run.score_noise
+
+
+@dataclass(frozen=True, eq=False)
+class K1Loss(Estimator):
+    """lambda k1 as a loss on detached states: its gradient sum sigma_i has mean zero."""
+
+    def cotangents(self, run: Run) -> Array:
+        return (run.reward - run.problem.kl_weight)[:, None, None] * run.score_noise
+
+
+@dataclass(frozen=True, eq=False)
+class K3Loss(Estimator):
+    """lambda k3 = lambda (e^{-k1} - 1 + k1) as a loss on detached states: the gradient of the wrong KL."""
+
+    def cotangents(self, run: Run) -> Array:
+        k3_slope = 1 - np.exp(-run.paths.log_weight)
+        return (run.reward - run.problem.kl_weight * k3_slope)[:, None, None] * run.score_noise
+
+
+@dataclass(frozen=True, eq=False)
+class Distorted(RewardToGo):
+    """Reward-to-go with another array (n, N, d) in the place of c_i xi_i."""
+
+    noise_factor: Callable[[Run], Array] = lambda run: run.score_noise
+
+    def cotangents(self, run: Run) -> Array:
+        return self.returns(run)[:, :, None] * self.noise_factor(run) + run.kl_term
+
+
+def without_root_dt(run: Run) -> Array:
+    return run.score_noise / np.sqrt(run.coefficients.dt)[:, None]
+
+
+def next_noise(run: Run) -> Array:
+    c = run.coefficients
+    return (c.h * c.dt / c.noise)[:, None] * np.concatenate([run.xi[:, 1:], np.zeros_like(run.xi[:, :1])], axis=1)
+
+
+def g_for_h_over_eta_g(run: Run) -> Array:
+    return np.sqrt(run.coefficients.g2 * run.coefficients.dt)[:, None] * run.xi
+
+
+@dataclass(frozen=True, eq=False)
+class PeekingBaseline(RewardToGo):
+    """A baseline that looks at X_{i+1}: here r(X_{i+1}); it depends on xi_i and takes gradient away."""
+
+    def cotangents(self, run: Run) -> Array:
+        ahead = np.stack([run.problem.reward.value(run.states[:, i + 1]) for i in range(run.grid.steps)], axis=1)
+        return (self.returns(run) - ahead)[:, :, None] * run.score_noise + run.kl_term
+
+
+@dataclass(frozen=True, eq=False)
+class OwnMeanOfTwo(ScoreFunction):
+    """Batches of two paths whose baseline is the mean with the path itself in it: factor 1 - 1/2 on the score part."""
+
+    def cotangents(self, run: Run) -> Array:
+        returns = self.returns(run)
+        pairs = returns.reshape(-1, 2, returns.shape[1])
+        return (pairs - pairs.mean(axis=1, keepdims=True)).reshape(returns.shape)[:, :, None] * run.score_noise + run.kl_term
+
+
+@dataclass(frozen=True, eq=False)
+class LaterSteps(RewardToGo):
+    """A deterministic prefix: only the second half of the steps contributes."""
+
+    def cotangents(self, run: Run) -> Array:
+        u = super().cotangents(run)
+        u[:, : run.grid.steps // 2] = 0
+        return u
+
+
+@dataclass(frozen=True, eq=False)
+class TruncatedAdjoint(Pathwise):
+    """Only the policy calls of the last step differentiated (DRaFT-1), sold as the full gradient."""
+
+    def cotangents(self, run: Run) -> Array:
+        u = super().cotangents(run)
+        u[:, :-1] = 0
+        return u
+
+
+@dataclass(frozen=True, eq=False)
+class LateActionReturn(ActionNoise):
+    """Action noise with G_{i+1}, which leaves out the cost of the very action."""
+
+    def cotangents(self, run: Run) -> Array:
+        factor = run.policy.exploration_factor(run.grid)
+        z = run.noise.actions(run.grid.steps, run.problem.dim)
+        after = np.cumsum(run.cost[:, ::-1], axis=1)[:, ::-1] - run.cost
+        return (run.reward[:, None] - after)[:, :, None] * np.einsum("kji,nkj->nki", np.linalg.inv(factor), z)
+
+
+def planted_errors(case: Case) -> list[tuple[str, Estimator, str]]:
+    """(what, wrong estimator, why it is invisible here or "")."""
+    at_one = "eta = 1: h/g is g" if case.problem.eta == 1 else ""
+    return [
+        ("(A) cost in the return, no e_i", Folded(), ""),
+        ("(B) e_i, cost not in the return", DetachedKL(), ""),
+        ("(C) no KL gradient at all", NoKL(), ""),
+        ("k1 as a loss", K1Loss(), ""),
+        ("sqrt(D) missing from sigma", Distorted(noise_factor=without_root_dt), ""),
+        ("xi of step i + 1", Distorted(noise_factor=next_noise), ""),
+        ("g for h/(eta g)", Distorted(noise_factor=g_for_h_over_eta_g), at_one),
+        ("mean over dimensions", Distorted(noise_factor=lambda run: run.score_noise / run.problem.dim), "d = 1" if case.problem.dim == 1 else ""),
+        ("mean over steps", Distorted(noise_factor=lambda run: run.score_noise / run.grid.steps), "N = 1" if case.steps == 1 else ""),
+        ("baseline that looks at X_{i+1}", PeekingBaseline(), ""),
+        ("deterministic prefix of steps", LaterSteps(), "N = 1" if case.steps == 1 else ""),
+        ("truncated adjoint sold as the full one", TruncatedAdjoint(), "N = 1" if case.steps == 1 else ""),
+    ]
+
+
+class PolicyGradient(Theorem):
+    """All estimators have the exact gradient as their mean; wrong ones do not."""
+
+    name = "policy_gradient"
+    statement = "∇J = E ∫ (∂μ)' [ h ∇V − 2λκ(μ − s) ] dt: score-function, temporal-difference, value-gradient and pathwise forms agree"
+
+    def checks(self, case: Case) -> Iterator[Verdict]:
+        for eta in (1.0, 0.5):
+            at, tag = case.at(eta), "" if eta == 1 else f"eta = {eta:g}: "
+            yield from self._exact_twin(at, tag)
+            yield from self._monte_carlo_twin(at, tag)
+            yield from self._limit(at, tag)
+
+    def _exact_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
+        if case.linear:
+            yield from self._by_sign_patterns(case, tag)
+        elif case.problem.dim == 1:
+            short = replace(case, steps=20)
+            measured, expected = differentiated(short), short.truth.gradient.theta
+            yield self.exact(case, measured, expected, 1e-8, f"{tag}gradient by Stein's lemma = Richardson difference of J")
+        else:
+            yield self.skipped(case, f"{tag}exact twin: no exact chain for mixtures in {case.problem.dim} dimensions")
+
+    def _by_sign_patterns(self, case: Case, tag: str) -> Iterator[Verdict]:
+        """Every estimator, and every planted error, on all sign patterns of a short chain: expectations without sampling."""
+        d = case.problem.dim
+        short = replace(case, steps=max(1, (PATTERN_VARIABLES - d) // d))
+        noise = Noise.signs(short.problem, short.policy, short.grid)
+        expected, what = short.truth.gradient.theta, f"{noise.paths} sign patterns, N = {short.steps}"
+        for name, estimator in estimators(short.value):
+            mean = estimator(short.problem, short.policy, short.grid, noise).mean
+            yield self.exact(case, mean / np.linalg.norm(expected), expected / np.linalg.norm(expected), UNBIASED, f"{tag}{name}: {what}")
+        yield from self._action_noise(case, tag)
+        for name, estimator, invisible in planted_errors(short):
+            if invisible:
+                yield self.skipped(case, f"{tag}{name}: invisible, {invisible}")
+                continue
+            mean = estimator(short.problem, short.policy, short.grid, noise).mean
+            yield self.planted(case, mean / np.linalg.norm(expected), expected / np.linalg.norm(expected), UNBIASED, f"{tag}{name}")
+
+    def _action_noise(self, case: Case, tag: str) -> Iterator[Verdict]:
+        d = case.problem.dim
+        steps = (PATTERN_VARIABLES - d) // (2 * d)
+        if steps < 1:
+            yield self.skipped(case, f"{tag}action noise by sign patterns: more than 2^{PATTERN_VARIABLES} patterns in d = {d}")
+            return
+        short = replace(case, steps=steps)
+        noise = Noise.signs(short.problem, short.exploring, short.grid)
+        truth = exact.evaluate(short.problem, short.exploring, short.grid).gradient.theta
+        for name, estimator in (("action noise", ActionNoise()), ("action noise, reward-to-go", ActionNoise(reward_to_go=True))):
+            mean = estimator(short.problem, short.exploring, short.grid, noise).mean
+            yield self.exact(case, mean / np.linalg.norm(truth), truth / np.linalg.norm(truth), UNBIASED, f"{tag}{name}: {noise.paths} sign patterns")
+        wrong = LateActionReturn()(short.problem, short.exploring, short.grid, noise).mean
+        yield self.planted(case, wrong / np.linalg.norm(truth), truth / np.linalg.norm(truth), UNBIASED, f"{tag}G_(i+1) with action noise")
+
+    def _monte_carlo_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
+        case = replace(case, steps=20)
+        paths = case.paths // (10 if case.problem.dim > 2 else 4)
+        noise = case.noise("gradient", paths)
+        value = self._value(case)
+        right = [(name, e) for name, e in estimators(value) if not _couples_paths(e)]
+        wrong = [] if case.linear else [(n, e) for n, e, invisible in planted_errors(case) if not invisible]
+        wrong += [("own-mean baseline, batches of two", OwnMeanOfTwo()), ("k3 as a loss", K3Loss())]
+        samples = self._samples(case, noise, [*right, *wrong, ("difference", Pathwise())])
+        samples["finite difference"] = FiniteDifference(1e-3)(case.problem, case.policy, case.grid, noise[: paths // 4]).samples
+        reference = samples["pathwise"]
+        scale = float(np.linalg.norm(reference.mean(axis=0)))
+        for name in [*(name for name, _ in right), "finite difference"]:
+            if case.solvable:
+                test = mean_test(samples[name], case.truth.gradient.theta)
+                yield self.monte_carlo(case, test, 2.0 * scale, f"{tag}{name}: mean of {len(samples[name])} paths = grad J")
+            elif name != "pathwise":
+                test = mean_test(samples[name] - reference[: len(samples[name])], 0.0)
+                yield self.monte_carlo(case, test, 2.0 * scale, f"{tag}{name} and pathwise agree on {len(samples[name])} shared paths")
+        for name, _ in wrong:
+            # Against the right formula on the same paths: what both get wrong by chance cancels.
+            paired = samples[name] - samples["score function" if name != "truncated adjoint sold as the full one" else "pathwise"]
+            yield self.planted_sampled(case, mean_test(paired, 0.0), f"{tag}{name}")
+
+    def _value(self, case: Case) -> ValueFunction | None:
+        if case.linear:
+            return case.value
+        if case.problem.dim != 1:
+            return None
+        states = next(runs(case.problem, case.policy, case.grid, case.noise("range", 4000))).states
+        return Spline.of(case.value, case.steps, 1.6 * states.min(), 1.6 * states.max())
+
+    def _samples(self, case: Case, noise: Noise, chosen: list[tuple[str, Estimator]]) -> dict[str, Array]:
+        """Per-path samples of several estimators on the same simulated paths."""
+        parts: dict[str, list[Array]] = {name: [] for name, _ in chosen}
+        for run in runs(case.problem, case.policy, case.grid, noise):
+            for name, estimator in chosen:
+                parts[name].append(estimator.samples(run))
+        return {name: np.concatenate(batches) for name, batches in parts.items()}
+
+    def _limit(self, case: Case, tag: str) -> Iterator[Verdict]:
+        def gradient(steps: int) -> Array:
+            return exact.evaluate(case.problem, case.policy, case.problem.grid(steps)).gradient.theta
+
+        if case.linear:
+            steps = [50, 100, 200, 400, 800]
+            target = exact.limit.evaluate(case.problem, case.policy).gradient.theta
+            errors = [float(np.linalg.norm(gradient(n) - target)) for n in steps]
+        elif case.problem.dim == 1:
+            steps = [20, 40, 80, 160]
+            curve = [gradient(n) for n in [*steps, 320]]
+            errors = [float(np.linalg.norm(a - b)) for a, b in zip(curve[:-1], curve[1:], strict=True)]
+        else:
+            yield self.skipped(case, f"{tag}limit: no exact chain for mixtures in {case.problem.dim} dimensions")
+            return
+        dt = case.problem.horizon / np.array(steps)
+        yield self.limit(case, dt, errors, 1.0, f"{tag}grad J of the chain -> continuous grad J")
+
+    def figure(self, case: Case) -> Figure:
+        """Left: estimators against the exact gradient; middle: bias of the planted errors; right: order towards the limit."""
+        with style.panels(3, "policy_gradient: one gradient, many estimators", width=4.6, height=3.8) as (figure, (left, middle, right)):
+            self._draw_estimates(left, replace(case, steps=20))
+            self._draw_bias(middle, case.at(0.5))
+            for j, eta in enumerate((0.5, 1.0, 1.5)):
+                at, steps = case.at(eta), np.array([25, 50, 100, 200, 400, 800])
+                limit = exact.limit.evaluate(at.problem, at.policy).gradient.theta
+                gradients = [exact.evaluate(at.problem, at.policy, at.problem.grid(int(n))).gradient.theta for n in steps]
+                errors = [np.linalg.norm(g - limit) for g in gradients]
+                style.order_line(right, case.problem.horizon / steps, errors, f"η = {eta:g}", j)
+            right.set(title="Limit: chain to continuous time", xlabel="step length D (time units)",
+                      ylabel="|∇J − limit| (reward / parameter)")
+            right.legend()
+            return figure
+
+    def _draw_estimates(self, ax: style.Axes, case: Case) -> None:
+        chosen = [(n, e) for n, e in estimators(case.value) if not _couples_paths(e)]
+        samples = self._samples(case, case.noise("figure", 20_000), chosen)
+        truth = case.truth.gradient.theta[0]
+        for row, (name, _) in enumerate(chosen):
+            x = samples[name][:, 0]
+            ax.errorbar(x.mean(), row, xerr=1.96 * x.std() / np.sqrt(len(x)), fmt="o", color=style.BLUE, capsize=3)
+        ax.axvline(truth, color="black", linewidth=1, label=f"exact {truth:.4f}")
+        ax.set_yticks(range(len(chosen)), [name for name, _ in chosen])
+        ax.set(xlabel="∂J/∂θ₀ (reward units), mean of 20,000 paths ± 95 %", title=f"Monte Carlo against exact, N = {case.steps}")
+        ax.invert_yaxis()
+        ax.legend(loc="lower right")
+
+    def _draw_bias(self, ax: style.Axes, case: Case) -> None:
+        short = replace(case, steps=max(1, (PATTERN_VARIABLES - case.problem.dim) // case.problem.dim))
+        noise, truth = Noise.signs(short.problem, short.policy, short.grid), short.truth.gradient.theta
+
+        def relative(estimator: Estimator) -> float:
+            mean = estimator(short.problem, short.policy, short.grid, noise).mean
+            return max(float(np.linalg.norm(mean - truth) / np.linalg.norm(truth)), 1e-17)
+
+        right = [(name, relative(e), style.BLUE) for name, e in estimators(short.value)]
+        wrong = [(name, relative(e), style.RED) for name, e, invisible in planted_errors(short) if not invisible]
+        names, bias, colours = zip(*right, *wrong, strict=True)
+        ax.barh(range(len(names)), bias, color=colours, left=0)
+        for row, hatch in enumerate(["" for _ in right] + ["///" for _ in wrong]):
+            ax.patches[row].set_hatch(hatch)
+        ax.axvline(UNBIASED, color="black", linestyle="--", linewidth=1)
+        ax.set_yticks(range(len(names)), names, fontsize=7)
+        ax.set(xscale="log", xlim=(1e-17, 30), xlabel="|bias| / |∇J| (exact, all sign patterns); dashed: tolerance",
+               title=f"Right (plain) and planted (hatched), η = {case.problem.eta:g}")
+        ax.invert_yaxis()
+
+
+def _couples_paths(estimator: Estimator) -> bool:
+    return isinstance(estimator, ScoreFunction) and isinstance(estimator.baseline, LeaveOneOut)
+
+
+def differentiated(case: Case, step: float = 2e-2) -> Array:
+    r"""dJ/dtheta by central differences, extrapolated twice (Richardson): error O(step^6).
+
+        D(h) = ( J(theta + h) - J(theta - h) ) / 2h,     ( 64 D(h/4) - 20 D(h/2) + D(h) ) / 45
+
+    Source: theory.md, section 7.   Checked: tests/test_theorem_policy_gradient.py::test_all_verdicts_hold
+    """
+    def central(j: int, h: float) -> float:
+        unit = np.eye(case.policy.theta.size)[j] * h
+        up, down = (exact.evaluate(case.problem, case.policy.with_theta(case.policy.theta + sign * unit), case.grid).objective
+                    for sign in (1, -1))
+        return (up - down) / (2 * h)
+
+    return np.array([(64 * central(j, step / 4) - 20 * central(j, step / 2) + central(j, step)) / 45
+                     for j in range(case.policy.theta.size)])

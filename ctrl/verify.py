@@ -1,0 +1,268 @@
+"""`ctrl verify`: every theorem on every problem, one table, one JSON file, one figure per theorem (theory.md, section 0)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from ctrl import check, zoo
+from ctrl.evidence import FALSE_ALARM, MISS
+from ctrl.problem import Problem
+from ctrl.theorems.advantage import AdvantageRate
+from ctrl.theorems.exploration import Exploration
+from ctrl.theorems.path_kl import PathKL
+from ctrl.theorems.policy_gradient import PolicyGradient
+from ctrl.theorems.reversal import Reversal
+from ctrl.theorems.style import save_pixels
+from ctrl.theorems.value import ValueMartingale
+from ctrl.theorems.verdict import Case, Theorem, Verdict
+
+THEOREMS: tuple[Theorem, ...] = (Reversal(), Exploration(), PathKL(), ValueMartingale(), AdvantageRate(), PolicyGradient())
+
+COLUMNS = (("theorem", 15), ("problem", 16), ("check", 11), ("measured", 13), ("expected", 13), ("tolerance", 10), ("z", 7),
+           ("verdict", 7), ("seconds", 7))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the theorems depends on; equal settings give equal verdicts.
+
+    Source: design.md's contract.   Checked: tests/test_verify.py::test_resume_keeps_finished_parts
+    """
+
+    quick: bool = False
+    only: tuple[str, ...] = ()
+    problem: str | None = None
+    out: Path = Path("verify")
+    resume: bool = False
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check.integer("seed", self.seed, at_least=0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected an integer below 2^32, got {self.seed}")
+        if self.threads is not None:
+            check.integer("threads", self.threads, at_least=1)
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree before a run is resumed."""
+        return {"quick": self.quick, "problem": self.problem, "seed": self.seed, "versions": versions()}
+
+
+@dataclass
+class Progress:
+    """Rows and finished (theorem, problem) pairs of a run, on disk after every pair and whenever it stops."""
+
+    folder: Path
+    identity: dict[str, Any]
+    rows: list[Verdict] = field(default_factory=list)
+    done: list[list[str]] = field(default_factory=list)
+
+    def write(self) -> None:
+        _replace(self.folder / "verdicts.json", [row.record() for row in self.rows])
+        _replace(self.folder / "run.json", {**self.identity, "platform": platform.platform(), "done": self.done})
+
+    def read(self) -> None:
+        """Take up the finished pairs of an earlier run with the same settings."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            return
+        try:
+            earlier = json.loads(path.read_text())
+            rows = json.loads((self.folder / "verdicts.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"resume: expected a readable earlier run in {self.folder}, got {error}") from None
+        differing = [key for key, value in self.identity.items() if earlier.get(key) != value]
+        if differing:
+            raise ValueError(f"resume: expected an earlier run with the same {', '.join(differing)}, got "
+                             f"{', '.join(str(earlier.get(key)) for key in differing)} in {self.folder}")
+        self.done = earlier["done"]
+        names = {f.name for f in fields(Verdict)}
+        finished = {tuple(pair) for pair in self.done}
+        self.rows = [Verdict(**{k: v for k, v in row.items() if k in names}) for row in rows
+                     if (row["theorem"], row["problem"]) in finished]
+
+
+def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: TextIO | None = None) -> list[Verdict]:
+    """Run the theorems, print the table as it grows, write verdicts.json and the figures, and return all verdicts.
+
+    Interrupted runs keep what they have; `resume` goes on from there.
+    Source: theory.md, section 0.   Checked: tests/test_verify.py::test_verdicts_file
+    """
+    stream = stream or sys.stdout
+    chosen, cases = _chosen(settings, theorems), _cases(settings)
+    _use_threads(settings.threads)
+    progress = Progress(_writable(settings.out), settings.identity())
+    if settings.resume:
+        progress.read()
+    started = time.perf_counter()
+    width = shutil.get_terminal_size((200, 24)).columns if stream.isatty() else 10**6
+    print(_header(), file=stream)
+    for row in progress.rows:
+        print(_line(row, width), file=stream)
+    try:
+        _run(chosen, cases, progress, stream, width)
+        figures = list(_figures(chosen, cases, settings.out))
+    finally:
+        progress.write()
+    print(_summary(progress.rows, figures, settings.out, time.perf_counter() - started), file=stream)
+    return progress.rows
+
+
+def _run(theorems: Sequence[Theorem], cases: Sequence[Case], progress: Progress, stream: TextIO, width: int) -> None:
+    from tqdm import tqdm
+
+    pairs = [(theorem, case) for theorem in theorems for case in cases if [theorem.name, case.name] not in progress.done]
+    bar = tqdm(pairs, disable=None, unit="pair", leave=False, file=sys.stderr)
+    for theorem, case in bar:
+        bar.set_description(f"{theorem.name} on {case.name}")
+        for row in _timed(theorem.checks(case)):
+            progress.rows.append(row)
+            tqdm.write(_line(row, width), file=stream)
+            stream.flush()
+        progress.done.append([theorem.name, case.name])
+        progress.write()
+
+
+def _timed(rows: Iterator[Verdict]) -> Iterator[Verdict]:
+    """Each verdict with the seconds that it took."""
+    while True:
+        start = time.perf_counter()
+        row = next(rows, None)
+        if row is None:
+            return
+        yield replace(row, seconds=round(time.perf_counter() - start, 4))
+
+
+def _figures(theorems: Sequence[Theorem], cases: Sequence[Case], out: Path) -> Iterator[Path]:
+    """One PNG per theorem, drawn on the first case that has a continuous limit, else the first with a truth."""
+    ordered = sorted(cases, key=lambda case: (not case.linear, not case.solvable))
+    if not ordered[0].solvable:
+        return
+    for theorem in theorems:
+        path = out / f"{theorem.name}.png"
+        save_pixels(theorem.figure(ordered[0]), path)
+        yield path
+
+
+def _chosen(settings: Settings, theorems: Sequence[Theorem]) -> list[Theorem]:
+    known = [theorem.name for theorem in theorems]
+    unknown = [name for name in settings.only if name not in known]
+    if unknown:
+        raise ValueError(f"only: expected theorems among {', '.join(known)}, got {', '.join(unknown)}")
+    return [theorem for theorem in theorems if not settings.only or theorem.name in settings.only]
+
+
+def _cases(settings: Settings) -> list[Case]:
+    if settings.problem is None:
+        return [Case(make.__name__, make(), settings.quick, settings.seed) for make in zoo.PROBLEMS]
+    name, problem = user_problem(settings.problem)
+    return [Case(name, problem, settings.quick, settings.seed)]
+
+
+def user_problem(reference: str) -> tuple[str, Problem]:
+    """The Problem called NAME (or returned by the function NAME) in FILE.py, from "FILE.py:NAME".
+
+    Source: design.md's contract.   Checked: tests/test_verify.py::test_user_problem
+    """
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier():
+        raise ValueError(f"problem: expected FILE.py:NAME, got {reference!r}")
+    if not path.is_file():
+        raise ValueError(f"problem: expected an existing file, got {file!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"problem: expected a Python file, got {file!r}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"problem: expected {path.name} to run, got {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    problem = found() if callable(found) else found
+    if not isinstance(problem, Problem):
+        raise ValueError(f"problem: expected {name} in {path.name} to be a ctrl.Problem (or to return one), got {type(problem).__name__}")
+    return name, problem
+
+
+def _writable(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"out: expected a writable folder, got {out} ({error.strerror})") from None
+    return out
+
+
+def _replace(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    import numba
+
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        raise ValueError(f"threads: expected at most {numba.config.NUMBA_NUM_THREADS} on this machine, got {threads}")
+    numba.set_num_threads(threads)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this library and of what its numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("scores-as-actions", "numpy", "scipy", "numba", "scikit-learn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _header() -> str:
+    return " ".join(f"{name:<{width}}" for name, width in COLUMNS) + " what"
+
+
+def _line(row: Verdict, width: int) -> str:
+    def number(x: float | None, form: str) -> str:
+        return "-" if x is None else format(x, form)
+
+    said = "skipped" if row.holds is None else "ok" if row.holds else "FAIL"
+    if row.check == "planted" and row.holds:
+        said = "caught"
+    cells = (row.theorem, row.problem, row.check, number(row.measured, ".6g"), number(row.expected, ".6g"), number(row.tolerance, ".2g"),
+             number(row.z, "+.2f") if row.z is None or abs(row.z) < 1e4 else f"{row.z:+.0e}", said, f"{row.seconds:.2f}")
+    text = " ".join(f"{cell:<{size}}" for cell, (_, size) in zip(cells, COLUMNS, strict=True)) + " " + row.reason
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _summary(rows: Sequence[Verdict], figures: Sequence[Path], out: Path, seconds: float) -> str:
+    """Counts, error rates, failures in full, and where everything was written."""
+    judged = [row for row in rows if row.holds is not None]
+    planted = [row for row in judged if row.check == "planted"]
+    sampled = [row for row in judged if row.check == "monte_carlo"]
+    failed = [row for row in judged if not row.holds]
+    lines = ["", f"{len(judged) - len(failed)} of {len(judged)} verdicts hold; {len(rows) - len(judged)} skipped; "
+             f"planted errors caught: {sum(bool(row.holds) for row in planted)} of {len(planted)}; {seconds:.1f} s",
+             f"{len(sampled)} Monte Carlo checks at {FALSE_ALARM:g} each: a correct library fails this run with probability at most "
+             f"{len(sampled) * FALSE_ALARM:.1g}; each sees the error it states with probability {1 - MISS:g}"]
+    lines += [f"FAIL {row.theorem} on {row.problem} ({row.check}): {row.reason}" for row in failed]
+    lines.append(f"written: {out / 'verdicts.json'}" + "".join(f", {path}" for path in figures))
+    return "\n".join(lines)
