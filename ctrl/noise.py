@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from ctrl import check
 from ctrl.check import Array
 from ctrl.kernels import normals
+from ctrl.kernels.threads import over_paths
 
 if TYPE_CHECKING:
     from ctrl.policy import Policy
@@ -144,20 +145,22 @@ class Noise:
         x, w = np.polynomial.hermite_e.hermegauss(check.integer("nodes", nodes, at_least=1))
         return _quadrature(problem, policy, grid, x, w / w.sum())
 
-    def _key(self) -> tuple[Any, Any]:
-        return np.uint64(self.seed), np.uint64(self.first)
-
     def _normals(self, stream: int, k: int, d: int) -> Array:
         k, d = check.integer("k", k, at_least=1), check.integer("d", d, at_least=1)
         out = np.empty((self.paths, k, d))
-        normals.fill_normals(*self._key(), int(self.antithetic), stream, out)
+        key = np.uint64(self.seed)
+
+        def fill(begin: int, end: int) -> None:
+            normals.fill_normals(key, np.uint64(self.first + begin), int(self.antithetic), stream, out[begin:end])
+
+        over_paths(fill, self.paths)
         return out
 
     def _words(self, stream: int) -> Array:
         """Words of step group 0, coordinate 0; antithetic partners share theirs."""
         out = np.empty((self.paths, 4), np.uint32)
         keep = np.uint64(2**64 - 1 - int(self.antithetic))
-        normals.fill_words(*self._key(), keep, np.uint32(0), np.uint32(stream << 28), out)
+        normals.fill_words(np.uint64(self.seed), np.uint64(self.first), keep, np.uint32(0), np.uint32(stream << 28), out)
         return out
 
 

@@ -1,58 +1,265 @@
-"""Simulation of the generation chain (plain NumPy stand-in until the fused kernels land)."""
+r"""Simulation of the chain under a policy: the same numbers whatever the chunking and the threads (theory.md, section 1)."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ctrl import check
 from ctrl.check import Array
-from ctrl.noise import NoiseLike
-from ctrl.policy import Policy
+from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Scores, Words, run
+from ctrl.kernels.normals import LANES
+from ctrl.kernels.threads import over_paths
+from ctrl.laws import Gaussian, GaussianMixture, Law
+from ctrl.noise import Noise, NoiseLike
+from ctrl.policy import Parts, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import TimeGrid
+
+CHUNK_PATHS = 2**15  # paths at a time on counter noise
+CHUNK_NUMBERS = 2**21  # numbers of an (n, N, d) array at a time where one is needed
 
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    problem: Problem
+    r"""Simulated paths of the chain under a policy.
+
+        penalty = sum_i kappa_i D_i |a_i - s_i|^2      (nats in the mean for mean actions, eta > 0)
+        objective = e^{-rho t_N} r(X_N) - lambda sum_i e^{-rho t_i} kappa_i D_i |a_i - s_i|^2 + gamma sum_i e^{-rho t_i} D_i H_i
+        log_weight = sum_i u_i'xi_i + 1/2 |u_i|^2,     u_i = sqrt(2 kappa_i D_i) (a_i - s_i)
+
+    terminal : (n, d)    reward, penalty, objective, log_weight : (n,)    weights : (n,) of quadrature noise, else None
+    With trajectory=True: states (n, N + 1, d), noise_steps xi (n, N, d), actions (n, N, d); else None.
+    With mean actions log_weight = log dP_theta/dP_pre along P_theta paths; with sampled actions, given the actions.
+    H_i is the entropy of the policy's exploration, gamma the problem's entropy weight.
+    Source: theory.md, sections 1 and 4.   Checked: tests/test_rollout.py::test_chain_is_its_specification
+    """
+
     terminal: Array
     reward: Array
     penalty: Array
     objective: Array
-    ratio: Array
     weights: Array | None
+    log_ratio: Array | None
     states: Array | None = None
     noise_steps: Array | None = None
     actions: Array | None = None
 
     @property
     def log_weight(self) -> Array:
-        self.problem.require_path_kl()
-        return self.ratio
+        """log dP_theta/dP_pre of each path, (n,), nats; ValueError at eta = 0."""
+        if self.log_ratio is None:
+            raise ValueError("eta: expected eta > 0 for log_weight (path measures are singular to one another at eta = 0), got 0")
+        return self.log_ratio
 
 
-def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, *, dtype: type = np.float64,
+def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, *, dtype: DTypeLike = np.float64,
              trajectory: bool = False, threads: int | None = None) -> Paths:
+    r"""Euler-Maruyama paths of the controlled chain, a pure function of its arguments.
+
+        X_{i+1} = X_i + ( -f_i X_i + h_i a_i ) D_i + eta g_i sqrt(D_i) xi_i,      a_i = mu_i(X_i)  or  mu_i(X_i) + L_i z_i
+
+    dtype : precision of the states, float64 or float32 (rewards are always float64)
+    trajectory : keep states, noise and actions too      threads : None for all cores; results do not depend on it
+    Streams: noise is made inside the kernels and memory is that of the result, unless trajectories are kept or the noise
+    is a quadrature or coarsened one (then a bounded chunk of it at a time). A CallablePolicy runs in NumPy.
+    Exact for the chain; against the continuous law the chain is of weak order 1.
+    Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_chain_is_its_specification
+    """
     problem.check_policy(policy, grid)
-    c, d, n = problem.coefficients(grid), problem.dim, noise.paths
-    xi = noise.steps(grid.steps, d) if problem.eta > 0 else np.zeros((n, grid.steps, d))
-    L = policy.exploration_factor(grid)
-    z = None if L is None else noise.actions(grid.steps, d)
-    x = np.empty((n, grid.steps + 1, d))
-    a = np.empty((n, grid.steps, d))
-    x[:, 0] = problem.initial(noise)
-    pen, dis, ratio = np.zeros(n), np.zeros(n), np.zeros(n)
-    for i, t in enumerate(grid.times[:-1]):
-        a[:, i] = policy.mean(grid, i, x[:, i])
-        if z is not None:
-            a[:, i] += z[:, i] @ L[i].T
-        gap = a[:, i] - problem.score(float(t), x[:, i])
-        cost = c.kappa[i] * c.dt[i] * np.sum(gap**2, axis=1)
-        pen += cost
-        dis += c.discount[i] * cost
-        ratio += cost + np.sqrt(2 * c.kappa[i] * c.dt[i]) * np.sum(gap * xi[:, i], axis=1)
-        x[:, i + 1] = x[:, i] + (-c.f[i] * x[:, i] + c.h[i] * a[:, i]) * c.dt[i] + c.noise[i] * xi[:, i]
-    r = problem.reward.value(x[:, -1])
-    return Paths(problem, x[:, -1], r, pen, c.final_discount * r - problem.kl_weight * dis, ratio, noise.weights,
-                 *((x, xi, a) if trajectory else (None, None, None)))
+    kind = np.dtype(dtype)
+    if kind not in (np.dtype(np.float64), np.dtype(np.float32)):
+        raise ValueError(f"dtype: expected float64 or float32, got {kind}")
+    if threads is not None:
+        threads = check.integer("threads", threads, at_least=1)
+    if trajectory:
+        _require_memory(noise.paths, grid.steps, problem.dim, kind)
+    chain = _Chain(problem, policy, grid, kind, threads)
+    out = _Result(problem, grid, noise, kind, trajectory)
+    size = chain.chunk(noise, trajectory)
+    for begin in range(0, noise.paths, size):
+        out.add(begin, *chain.run(noise[begin : min(begin + size, noise.paths)], trajectory))
+    return out.paths(problem.kl_weight, _discounted_entropy(problem, policy, grid))
+
+
+class _Chain:
+    """A problem, policy and grid made ready for the kernels; `run` simulates one chunk of paths."""
+
+    def __init__(self, problem: Problem, policy: Policy, grid: TimeGrid, dtype: Any, threads: int | None) -> None:
+        self.problem, self.policy, self.grid, self.dtype, self.threads = problem, policy, grid, dtype, threads
+        self.factor = policy.exploration_factor(grid)
+        parts, pre = policy.parts(grid), problem.pretrained(grid).parts(grid)
+        self.coefficients = None if parts is None else _normal_form(problem, grid, parts, pre, self.factor, dtype)
+
+    def chunk(self, noise: NoiseLike, trajectory: bool) -> int:
+        """Paths at a time: whole blocks, so that antithetic pairs and lanes stay together."""
+        if self.coefficients is not None and isinstance(noise, Noise) and not trajectory:
+            return CHUNK_PATHS
+        return max(LANES, CHUNK_NUMBERS // (self.grid.steps * self.problem.dim) // LANES * LANES)
+
+    def run(self, noise: NoiseLike, trajectory: bool) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
+        """(terminal (n, d), sums (n, 3), states, noise_steps, actions) of these paths."""
+        steps, d = self.grid.steps, self.problem.dim
+        x = np.array(self.problem.initial(noise), dtype=self.dtype, order="C")
+        states = np.empty((noise.paths if trajectory else 0, steps + 1, d), self.dtype)
+        if self.coefficients is not None and isinstance(noise, Noise) and not trajectory:
+            empty = np.empty((0, steps, d), self.dtype)
+            sums = self._kernel(x, Words(np.uint64(noise.seed), np.uint64(noise.first), int(noise.antithetic)),
+                                Given(empty, empty), states)
+            return x, sums, None, None, None
+        xi = noise.steps(steps, d).astype(self.dtype, copy=False)
+        z = None if self.factor is None else noise.actions(steps, d).astype(self.dtype, copy=False)
+        if self.coefficients is not None:
+            given = Given(xi, np.empty((0, steps, d), self.dtype) if z is None else z)
+            sums = self._kernel(x, Words(np.uint64(0), np.uint64(0), 0), given, states)
+        else:
+            sums = self._plain(x, xi, z, states)
+        return (x, sums, states, xi, self._actions(states, z)) if trajectory else (x, sums, None, None, None)
+
+    def _kernel(self, x: Array, words: Words, given: Given, states: Array) -> Array:
+        sums = np.zeros((len(x), 3), self.dtype)
+        assert self.coefficients is not None
+
+        def piece(begin: int, end: int) -> None:
+            run(begin, end, x, words, given, *self.coefficients, sums, states)
+
+        over_paths(piece, len(x), self.threads)
+        return sums
+
+    def _plain(self, x: Array, xi: Array, z: Array | None, states: Array) -> Array:
+        """The same chain in NumPy, for policies that are arbitrary Python; x is overwritten by the end."""
+        c, pre = self.problem.coefficients(self.grid), self.problem.pretrained(self.grid)
+        sums, here = np.zeros((len(x), 3)), x.astype(np.float64)
+        states[:, :1] = here[: len(states), None]
+        for i in range(self.grid.steps):
+            a = self.policy.mean(self.grid, i, here) + (0.0 if z is None or self.factor is None else z[:, i] @ self.factor[i].T)
+            u = np.sqrt(2 * c.kappa[i] * c.dt[i]) * (a - pre.mean(self.grid, i, here))
+            square = np.einsum("nd,nd->n", u, u)
+            sums += np.stack([square, np.einsum("nd,nd->n", u, xi[:, i]), c.discount[i] * square], axis=1)
+            step = here + (-c.f[i] * here + c.h[i] * a) * c.dt[i] + c.noise[i] * xi[:, i]
+            here = step.astype(self.dtype).astype(np.float64)
+            states[:, i + 1] = here[: len(states)]
+        x[:] = here
+        return sums
+
+    def _actions(self, states: Array, z: Array | None) -> Array:
+        """a_i along stored paths, (n, N, d)."""
+        out = np.empty((len(states), self.grid.steps, self.problem.dim), self.dtype)
+        for i in range(self.grid.steps):
+            out[:, i] = self.policy.mean(self.grid, i, states[:, i].astype(np.float64))
+            if z is not None and self.factor is not None:
+                out[:, i] += z[:, i] @ self.factor[i].T
+        return out
+
+
+class _Result:
+    """The arrays of Paths, filled chunk by chunk."""
+
+    def __init__(self, problem: Problem, grid: TimeGrid, noise: NoiseLike, dtype: Any, trajectory: bool) -> None:
+        n, d, steps = noise.paths, problem.dim, grid.steps
+        self.problem, self.weights = problem, noise.weights
+        self.final_discount = problem.coefficients(grid).final_discount
+        self.terminal, self.reward, self.penalty, self.discounted = np.empty((n, d), dtype), np.empty(n), np.empty(n), np.empty(n)
+        self.log_ratio = np.empty(n) if problem.eta > 0 else None
+        self.states = np.empty((n, steps + 1, d), dtype) if trajectory else None
+        self.noise_steps = np.empty((n, steps, d), dtype) if trajectory else None
+        self.actions = np.empty((n, steps, d), dtype) if trajectory else None
+
+    def add(self, begin: int, terminal: Array, sums: Array, *kept: Array | None) -> None:
+        here = slice(begin, begin + len(terminal))
+        square, cross, discounted = sums.astype(np.float64).T
+        self.terminal[here], self.reward[here] = terminal, _reward(self.problem, terminal.astype(np.float64))
+        self.penalty[here] = 0.5 * square
+        self.discounted[here] = 0.5 * (discounted if self.problem.discount > 0 else square)
+        if self.log_ratio is not None:
+            self.log_ratio[here] = cross + 0.5 * square
+        for whole, part in zip((self.states, self.noise_steps, self.actions), kept, strict=True):
+            if whole is not None:
+                whole[here] = part
+
+    def paths(self, kl_weight: float, entropy: float) -> Paths:
+        objective = self.final_discount * self.reward - kl_weight * self.discounted + entropy
+        return Paths(self.terminal, self.reward, self.penalty, objective, self.weights, self.log_ratio,
+                     self.states, self.noise_steps, self.actions)
+
+
+def _normal_form(problem: Problem, grid: TimeGrid, parts: Parts, pre: Parts, factor: Array | None,
+                 dtype: Any) -> tuple[Motion, Exploration, Cost, Scores]:
+    r"""The kernels' coefficients.
+
+        A = (1 - D f) I + D h K,  c = D h k,  s = eta g sqrt(D),  E = D h L,
+        U = w (K - K_pre),  u0 = w (k - k_pre),  F = w L,  w = sqrt(2 kappa D);  mixture scores: D h drives x, w charges u
+
+    The policy's and the pre-trained mixture are evaluated once when they are the same; then u does not see them.
+    """
+    c, d = problem.coefficients(grid), problem.dim
+    gain, w = c.dt * c.h, np.sqrt(2 * c.kappa * c.dt)
+    shared = parts.laws is pre.laws
+    free = factor is None and shared and np.array_equal(parts.K, pre.K) and np.array_equal(parts.k, pre.k)
+    mixtures = []
+    if parts.laws is not None:
+        mixtures.append((parts.laws, gain, 0 * w if shared else w))
+    if pre.laws is not None and not shared:
+        mixtures.append((pre.laws, 0 * gain, -w))
+    A = (1 - c.dt * c.f)[:, None, None] * np.eye(d) + gain[:, None, None] * parts.K
+    cost = (w[:, None, None] * (parts.K - pre.K), w[:, None] * (parts.k - pre.k), c.discount if problem.discount > 0 else c.discount[:0])
+    none = np.empty((0, d, d))
+    sampled = (none, none) if factor is None else (gain[:, None, None] * factor, w[:, None, None] * factor)
+    return (Motion(*_cast(dtype, A, gain[:, None] * parts.k, c.noise)),
+            Exploration(*_cast(dtype, *sampled)),
+            Cost(*_cast(dtype, *(none, none[:, 0], c.discount[:0]) if free else cost)),
+            _scores(mixtures, d, grid.steps, dtype))
+
+
+def _scores(mixtures: list[tuple[tuple[Law, ...], Array, Array]], d: int, steps: int, dtype: Any) -> Scores:
+    """Mixtures of every step, padded to one number of components by far-off ones of no weight."""
+    laws = [[_as_mixture(law) for law in row] for row, _, _ in mixtures]
+    count = max((row[0].weights.size for row in laws), default=0)
+    shape = (len(laws), steps, count)
+    means, precisions, constants = np.zeros((*shape, d)), np.zeros((*shape, d, d)), np.full(shape, -1e30)
+    for j, row in enumerate(laws):
+        for i, law in enumerate(row):
+            m = law.weights.size
+            means[j, i, :m], precisions[j, i, :m], constants[j, i, :m] = law.means, law.precisions, law.log_normalisers
+    drive, charge = (np.array([row[which] for row in mixtures]).reshape(len(laws), steps) for which in (1, 2))
+    return Scores(*_cast(dtype, means, precisions, constants, drive, charge))
+
+
+def _as_mixture(law: Law) -> GaussianMixture:
+    return GaussianMixture([1.0], law.mean[None], law.cov[None]) if isinstance(law, Gaussian) else law
+
+
+def _cast(dtype: Any, *arrays: Array) -> list[Array]:
+    return [np.array(a, dtype=dtype, order="C") for a in arrays]
+
+
+def _reward(problem: Problem, x: Array) -> Array:
+    r = np.asarray(problem.reward.value(x))
+    if r.shape != (len(x),):
+        raise ValueError(f"reward: expected to return shape ({len(x)},), got {r.shape}")
+    if not np.all(np.isfinite(r)):
+        raise ValueError(f"reward: expected finite values, got {np.count_nonzero(~np.isfinite(r))} NaN or infinite")
+    return r
+
+
+def _discounted_entropy(problem: Problem, policy: Policy, grid: TimeGrid) -> float:
+    """gamma sum_i e^{-rho t_i} D_i H_i, H_i = d/2 log(2 pi e) + log det L_i; zero without an entropy weight."""
+    factor = policy.exploration_factor(grid)
+    if problem.entropy_weight == 0 or factor is None:
+        return 0.0
+    c = problem.coefficients(grid)
+    entropy = 0.5 * problem.dim * np.log(2 * np.pi * np.e) + np.log(np.einsum("kii->ki", factor)).sum(axis=1)
+    return problem.entropy_weight * float(np.sum(c.discount * c.dt * entropy))
+
+
+def _require_memory(paths: int, steps: int, dim: int, dtype: Any) -> None:
+    """Refuse trajectories (states, noise, actions) that do not fit."""
+    wanted = paths * (3 * steps + 1) * dim * dtype.itemsize
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > available:
+        raise ValueError(f"trajectory: expected arrays that fit in memory ({available / 2**30:.1f} GiB free), got "
+                         f"{wanted / 2**30:.1f} GiB for {paths} paths x {steps} steps x {dim}; split the noise or keep only ends")

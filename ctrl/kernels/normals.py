@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic, overload
 
 LANES = 256
@@ -192,14 +192,13 @@ def negate_odd(first, row):
         row[lane] = -row[lane] if np.uint64(np.uint64(first + np.uint64(lane)) & np.uint64(1)) else row[lane]
 
 
-@njit(cache=True, parallel=True, error_model="numpy", fastmath=FAST)
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
 def fill_normals(key, first, antithetic, stream, out):
     """out[p, i, j] = normal of path first + p, step i, coordinate j; any float dtype, any number of paths."""
     paths, steps, dim = out.shape
-    for block in prange((paths + LANES - 1) // LANES):
-        word = np.empty((4, LANES), np.uint32)
-        rows = np.empty((4 * dim, LANES), out.dtype)
-        begin = block * LANES
+    word = np.empty((4, LANES), np.uint32)
+    rows = np.empty((4 * dim, LANES), out.dtype)
+    for begin in range(0, paths, LANES):
         for group in range((steps + 3) // 4):
             normals(key, np.uint64(first + np.uint64(begin)), antithetic, stream, group, dim, word, rows)
             for lane in range(min(LANES, paths - begin)):
