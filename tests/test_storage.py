@@ -23,7 +23,8 @@ def things():
     two = ctrl.Problem(ctrl.SubVP(), m, posterior, 0.2)
     W, w = rng.normal(size=(3, 2, 2)), rng.normal(size=(3, 2))
     return [
-        one, two, ctrl.Problem(ctrl.VE(), m, ctrl.BumpReward([0, 1], 0.5), 0.2), ctrl.Problem(ctrl.OU(2.0), g, ctrl.LinearReward([1, 2]), 1),
+        one, two, ctrl.Problem(ctrl.VE(), m, ctrl.BumpReward([0, 1], 0.5), 0.2),
+        ctrl.Problem(ctrl.OU(2.0), g, ctrl.LinearReward([1, 2]), 1),
         ctrl.Problem(ctrl.OU(), g, ctrl.LogDensityReward(m), 1), ctrl.TimeGrid([0, 0.1, 1 / 3]),
         ctrl.AffinePolicy(W, w), ctrl.AffinePolicy(W, w, np.stack([np.eye(2) * s for s in (1, 2, 3)])),
         ctrl.BasisPolicy(two, P.Monomials(2), W, w, exploration=np.eye(2)), ctrl.BasisPolicy(one, P.TimeBins(3), W, w),

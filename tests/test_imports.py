@@ -1,0 +1,146 @@
+"""The house's floors: who may import whom, one clock, and what `import ctrl` must not load."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ctrl
+
+ROOT = Path(ctrl.__file__).parent
+
+# A module imports only from lower floors; on one floor, freely without circles.
+FLOORS = {
+    "check": 0, "evidence": 0, "laws": 0, "schedule": 0, "noise": 0, "reward": 1, "policy": 1, "problem": 2, "zoo": 3, "storage": 3,
+    "exact": 3, "rollout": 3, "kernels": 3, "estimators": 4, "learn": 5, "testing": 5, "torch": 5, "theorems": 6, "report": 7,
+    "verify": 8, "cli": 9, "__main__": 10}
+# Kernels hold the compiled word generator of noise.py: flat loops that import nothing of the library but one another.
+SHARED = {("noise", "kernels")}
+STRANGERS = [("exact", "rollout"), ("exact", "kernels"), ("rollout", "exact"), ("kernels", "exact"), ("estimators", "exact")]
+HEAVY = ("torch", "matplotlib", "pandas", "diffusers", "scipy.stats", "scipy.integrate", "sklearn", "numba", "hypothesis")
+
+
+def imported(source):
+    """Names under ctrl that a file imports or reaches as attributes of `ctrl`; TYPE_CHECKING blocks are skipped."""
+    out = set()
+
+    def home(name):
+        return ctrl._HOME.get(name, name)
+
+    class Visitor(ast.NodeVisitor):
+        def visit_If(self, node):
+            if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+                self.generic_visit(node)
+
+        def visit_Import(self, node):
+            out.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ctrl."))
+
+        def visit_ImportFrom(self, node):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "ctrl":
+                out.update(home(alias.name) for alias in node.names)
+            elif node.module and node.module.startswith("ctrl."):
+                out.add(node.module.split(".")[1])
+
+        def visit_Attribute(self, node):
+            if isinstance(node.value, ast.Name) and node.value.id == "ctrl":
+                out.add(home(node.attr))
+            self.generic_visit(node)
+
+    Visitor().visit(ast.parse(source))
+    return {name for name in out if not name.startswith("__") or name == "__main__"}
+
+
+def subtracts_the_clock(source):
+    """Lines that compute `horizon - something` (or `T - t`): only schedule.py may."""
+    return [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub)
+            and (getattr(node.left, "attr", None) == "horizon" or getattr(node.left, "id", None) in ("horizon", "T"))]
+
+
+def files():
+    return [(path.relative_to(ROOT).parts[0].removesuffix(".py"), path) for path in sorted(ROOT.rglob("*.py"))
+            if path != ROOT / "__init__.py"]
+
+
+def climbs(unit, names):
+    return [name for name in names if name != unit and (unit, name) not in SHARED and FLOORS[name] > FLOORS[unit]]
+
+
+def test_every_module_has_a_floor_and_imports_downwards():
+    graph = {}
+    for unit, path in files():
+        assert unit in FLOORS, f"{path.name} stands on no floor"
+        names = imported(path.read_text())
+        assert not climbs(unit, names), f"{path.relative_to(ROOT)} imports from a higher floor: {climbs(unit, names)}"
+        graph.setdefault(unit, set()).update(names - {unit})
+    done = set()
+    while len(done) < len(graph):            # peel off modules whose imports are all peeled: stuck means a circle
+        free = {unit for unit in graph if unit not in done and all(n in done or n not in graph or (unit, n) in SHARED for n in graph[unit])}
+        assert free, f"a circle of imports among {sorted(set(graph) - done)}"
+        done |= free
+
+
+def test_exact_and_simulated_never_meet():
+    for unit, path in files():
+        names = imported(path.read_text())
+        assert not [pair for pair in STRANGERS if pair[0] == unit and pair[1] in names], path.name
+
+
+def test_one_clock():
+    for unit, path in files():
+        if unit != "schedule":
+            assert not subtracts_the_clock(path.read_text()), f"{path.relative_to(ROOT)} subtracts from the horizon"
+
+
+@pytest.mark.parametrize(("unit", "source"), [
+    ("laws", "from ctrl.problem import Problem"), ("laws", "import ctrl.problem"), ("policy", "import ctrl\nctrl.Problem"),
+    ("problem",
+     "def f():\n    from ctrl import exact"), ("estimators", "from ctrl import testing"), ("noise", "from ctrl import simulate")])
+def test_planted_climbs_are_seen(unit, source):
+    assert climbs(unit, imported(source))
+
+
+def test_planted_clocks_and_strangers_are_seen():
+    assert subtracts_the_clock("tau = problem.horizon - t") and subtracts_the_clock("tau = T - t") and not subtracts_the_clock("t - T")
+    assert "exact" in imported("def f():\n    from ctrl.exact import chain")
+    assert not imported("if TYPE_CHECKING:\n    from ctrl.problem import Problem")
+
+
+def fresh(code):
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, timeout=120)
+    return json.loads(out.stdout)
+
+
+def heavy_among(modules):
+    return [m for m in modules if any(m == heavy or m.startswith(heavy + ".") for heavy in HEAVY)]
+
+
+REPORT = "import json, sys; print(json.dumps([seconds, sorted(sys.modules)]))"
+
+
+def test_import_is_light_and_fast():
+    """`import ctrl` and the floor under a problem load nothing heavy; best of five under 0.7 s."""
+    code = "import time; start = time.perf_counter(); import ctrl{}; seconds = time.perf_counter() - start; " + REPORT
+    best = 1e9
+    for _ in range(5):
+        seconds, modules = fresh(code.format(""))
+        best = min(best, seconds)
+        assert not heavy_among(modules)
+        if best < 0.35:
+            break
+    assert best < 0.7
+    _, modules = fresh(code.format("; ctrl.Problem, ctrl.VP, ctrl.save"))
+    assert not heavy_among(modules) and "ctrl.problem" in modules
+    assert heavy_among(["numpy", "torch.nn", "scipy.stats", "scipy.special"]) == ["torch.nn", "scipy.stats"]     # planted
+
+
+def test_names():
+    assert ctrl.__version__ and sorted(set(ctrl.__all__)) == sorted(ctrl.__all__) and set(ctrl.__all__) <= set(dir(ctrl))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ctrl.nothing
+    assert ctrl.VP is ctrl.schedule.VP
