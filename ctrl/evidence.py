@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 
 from ctrl.check import Array
 
@@ -17,8 +18,9 @@ MISS = 1e-3
 class MeanTest:
     r"""A two-sided test that a mean equals what theory says, coordinate by coordinate.
 
-        |z_j| = |mean_j - expected_j| / se_j  <=  threshold = Phi^{-1}(1 - false_alarm / (2 p))
+        |z_j| = |mean_j - expected_j| / se_j  <=  threshold = F^{-1}(1 - false_alarm / (2 p))
 
+    F is Student's law at the degrees of freedom of the standard error, normal when these are not known.
     p coordinates share one false-alarm probability (Bonferroni). The numbers are those of the worst coordinate.
     resolves : the smallest error of the worst-resolved coordinate that is caught with probability 1 - miss
     Assumes that the mean of n samples is close to normal (n in the thousands, finite variance).
@@ -38,26 +40,30 @@ class MeanTest:
         return abs(self.z) <= self.threshold
 
 
-def mean_test(samples: Array, expected: Array | float, *, false_alarm: float = FALSE_ALARM, miss: float = MISS) -> MeanTest:
+def mean_test(samples: Array, expected: Array | float, *, false_alarm: float = FALSE_ALARM,
+              miss: float = MISS) -> MeanTest:
     """Test samples (n,) or (n, p) against an expected mean, a number or (p,)."""
     x = np.asarray(samples, dtype=np.float64)
     x = x.reshape(len(x), -1)
-    return estimate_test(x.mean(axis=0), x.std(axis=0, ddof=1) / np.sqrt(len(x)), expected, false_alarm=false_alarm, miss=miss)
+    standard_error = x.std(axis=0, ddof=1) / np.sqrt(len(x))
+    return estimate_test(x.mean(axis=0), standard_error, expected, false_alarm=false_alarm, miss=miss,
+                         freedom=len(x) - 1)
 
 
 def estimate_test(mean: Array, standard_error: Array, expected: Array | float, *, false_alarm: float = FALSE_ALARM,
-                  miss: float = MISS) -> MeanTest:
-    """Test an estimate (p,) with its standard errors (p,) against an expected value, a number or (p,)."""
+                  miss: float = MISS, freedom: int | None = None) -> MeanTest:
+    """Test an estimate (p,) with standard errors (p,) of so many degrees of freedom (None: many), as in mean_test."""
     mean, standard_error = np.atleast_1d(mean), np.atleast_1d(standard_error)
     expected = np.broadcast_to(np.asarray(expected, dtype=np.float64), mean.shape)
     gap = mean - expected
     # A zero standard error leaves no room for chance: any gap above rounding is infinitely many standard errors.
     floor = 1e-13 * np.maximum(np.abs(expected), np.abs(mean))
     z = gap / np.maximum(standard_error, np.maximum(floor, 1e-300))
-    threshold = float(-ndtri(false_alarm / (2 * mean.size)))
+    quantile = ndtri if freedom is None else partial(stdtrit, freedom)
+    threshold = float(-quantile(false_alarm / (2 * mean.size)))
     worst = int(np.argmax(np.abs(z)))
-    resolves = (threshold - float(ndtri(miss))) * float(standard_error.max())
-    return MeanTest(float(mean[worst]), float(expected[worst]), float(standard_error[worst]), float(z[worst]), threshold, resolves)
+    resolves = (threshold - float(quantile(miss))) * float(standard_error.max())
+    return MeanTest(*(float(v[worst]) for v in (mean, expected, standard_error, z)), threshold, resolves)
 
 
 @dataclass(frozen=True)
