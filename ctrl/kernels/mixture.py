@@ -30,7 +30,8 @@ MANTISSA_64 = np.uint64(52)
 def exp_below_32(top, row):
     """row = exp(row - top) for row <= top, float32."""
     for lane in range(LANES):
-        t = max(row[lane] - top[lane], LOW_32)
+        t = row[lane] - top[lane]
+        t = t if t > LOW_32 else LOW_32
         shifted = t * LOG2E_32 + ROUND_32
         n = shifted - ROUND_32
         r = t - n * LN2_HI_32 - n * LN2_LO_32
@@ -42,7 +43,8 @@ def exp_below_32(top, row):
 def exp_below_64(top, row):
     """row = exp(row - top) for row <= top, float64."""
     for lane in range(LANES):
-        t = max(row[lane] - top[lane], LOW_64)
+        t = row[lane] - top[lane]
+        t = t if t > LOW_64 else LOW_64
         shifted = t * LOG2E_64 + ROUND_64
         n = shifted - ROUND_64
         r = t - n * LN2_HI_64 - n * LN2_LO_64
@@ -176,7 +178,7 @@ def add(x, out):
 @njit(error_model="numpy", fastmath=FAST)
 def raise_to(x, out):
     for lane in range(LANES):
-        out[lane] = max(out[lane], x[lane])
+        out[lane] = x[lane] if x[lane] > out[lane] else out[lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
