@@ -221,7 +221,7 @@ def test_path_kl_is_the_kl_of_the_joint_laws(case, eta):
     assert truth.path_kl == pytest.approx(joint, rel=1e-7, abs=1e-9)
     assert 0 <= truth.terminal_kl <= truth.path_kl * (1 + 1e-9)
     reverse = path_law(problem, problem.pretrained(grid), grid).kl(path_law(problem, policy, grid))
-    assert grid.steps == 1 or abs(reverse / joint - 1) > 1e-6        # planted: reverse KL (one step is symmetric: common start, common noise)
+    assert grid.steps == 1 or abs(reverse / joint - 1) > 1e-6        # planted: reverse KL (one step is symmetric: equal noise)
     if eta != 1:                                                                             # planted: g^2/2 at other etas
         assert abs(truth.path_kl * 4 * eta**2 / (1 + eta**2) ** 2 / joint - 1) > 0.1
 

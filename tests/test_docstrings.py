@@ -20,6 +20,8 @@ PLUMBING = {
     "estimators.Estimator", "estimators.Run", "estimators.ValueFunction", "estimators.runs",
     "exact.Terminal", "exact.ExactGradient", "exact.Value", "exact.Optimum",
     "exact.chain.applies", "exact.chain.entropy", "exact.chain.LinearChain", "exact.chain.QuadraticValue", "exact.chain.Optimum",
+    "exact.limit.ContinuousPolicy", "exact.limit.FeedbackBasis", "exact.limit.MarginalKLRate",
+    "testing.Setup", "testing.gaussians", "testing.mixtures", "testing.reals", "testing.rewards", "testing.schedules", "testing.vectors",
     "theorems.Case", "theorems.Theorem", "theorems.Verdict"}
 
 
@@ -29,7 +31,8 @@ def public():
     for name in MODULES:
         module = importlib.import_module(f"ctrl.{name}")
         tree = ast.parse(inspect.getsource(module))
-        exported = {alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names if alias.asname == alias.name}
+        froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        exported = {alias.asname for node in froms for alias in node.names if alias.asname == alias.name}
         for attribute, value in vars(module).items():
             here = getattr(value, "__module__", None) == module.__name__ or attribute in exported
             if here and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
