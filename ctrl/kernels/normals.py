@@ -109,7 +109,7 @@ def quarter_turns(w):
 
 @njit(error_model="numpy", fastmath=FAST)
 def box_muller_32(wa, wb, za, zb):
-    """Two rows of words to two rows of float32 normals, each the float64 normal to float32 rounding."""
+    """Two rows of words to two rows of float32 normals, the float64 normals to float32 rounding (under 6 ulp)."""
     for lane in range(LANES):
         # t = u below 1/2 and 1 - u above, so that log u = log1p(-t) keeps its relative accuracy as u -> 1.
         w = np.int32(wa[lane])
@@ -135,7 +135,7 @@ def box_muller_32(wa, wb, za, zb):
 
 @njit(error_model="numpy", fastmath=FAST)
 def box_muller_64(wa, wb, za, zb):
-    """Two rows of words to two rows of float64 normals, within a few units in the last place."""
+    """Two rows of words to two rows of float64 normals, within 4 units in the last place."""
     for lane in range(LANES):
         u = (np.float64(wa[lane]) + 0.5) * ULP_WORD_64  # exact
         bits = np.uint64(as_bits(u))
