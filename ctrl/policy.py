@@ -140,7 +140,7 @@ class AffinePolicy(Policy):
         return replace(self, K=theta[: self.K.size].reshape(self.K.shape), k=theta[self.K.size :].reshape(self.k.shape))
 
     def with_exploration(self, exploration: ArrayLike | None) -> AffinePolicy:
-        return replace(self, exploration=exploration)
+        return AffinePolicy(self.K, self.k, None if exploration is None else np.asarray(exploration))
 
     def _on(self, grid: TimeGrid) -> None:
         if grid.steps != len(self.k):
