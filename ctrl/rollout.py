@@ -258,8 +258,16 @@ def _discounted_entropy(problem: Problem, policy: Policy, grid: TimeGrid) -> flo
 
 def _require_memory(paths: int, steps: int, dim: int, dtype: Any) -> None:
     """Refuse trajectories (states, noise, actions) that do not fit."""
-    wanted = paths * (3 * steps + 1) * dim * dtype.itemsize
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    wanted, available = paths * (3 * steps + 1) * dim * dtype.itemsize, _available_memory()
     if wanted > available:
         raise ValueError(f"trajectory: expected arrays that fit in memory ({available / 2**30:.1f} GiB free), got "
                          f"{wanted / 2**30:.1f} GiB for {paths} paths x {steps} steps x {dim}; split the noise or keep only ends")
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping: what Linux estimates, elsewhere the free pages."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
