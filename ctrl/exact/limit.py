@@ -1,4 +1,4 @@
-r"""Truth in continuous time for Gaussian data, quadratic rewards and affine policies: ODEs to 1e-10 (theory.md, sections 1-11).
+r"""Truth in continuous time for Gaussian data, quadratic rewards and affine policies (theory.md, sections 1-11).
 
     dX = (F X + c) dt + eta g dB,     F = -f I + h K(t),   c = h k(t),     X_t ~ N(m, P)
 
@@ -23,14 +23,15 @@ from ctrl.problem import Problem
 from ctrl.reward import Quadratic
 
 RTOL, ATOL = 1e-12, 1e-14
-STEPS = 200  # at least, so that the dense output between steps is as good as the steps
+STEPS = 64  # at least, so that the dense output between steps is as good as the steps
 
 
 @runtime_checkable
 class ContinuousPolicy(Protocol):
     """A policy whose mean is mu(t, x) = K(t) x + k(t) at every t of [0, T]."""
 
-    exploration: Array | None
+    @property
+    def exploration(self) -> Array | None: ...
 
     def affine_at(self, t: float) -> tuple[Array, Array]: ...
 
@@ -43,11 +44,11 @@ def _integrate(rhs: Callable[[float, Array], Array], start: float, stop: float, 
     from scipy.integrate import solve_ivp
 
     with np.errstate(over="ignore", invalid="ignore"):
-        out = solve_ivp(rhs, (start, stop), y, method="DOP853", rtol=RTOL, atol=ATOL, max_step=abs(stop - start) / STEPS,
-                        dense_output=True)
+        out = solve_ivp(rhs, (start, stop), y, method="DOP853", rtol=RTOL, atol=ATOL, dense_output=True,
+                        max_step=abs(stop - start) / STEPS)
     if not out.success or not np.all(np.isfinite(out.y[:, -1])):
-        raise ValueError(f"problem: expected equations with a solution on all of [0, T], got one that breaks down at t = "
-                         f"{out.t[-1]:.4g} (a reward that grows faster than the penalty holds back)")
+        raise ValueError(f"problem: expected equations with a solution on all of [0, T], got one that breaks down at "
+                         f"t = {out.t[-1]:.4g} (a reward that grows faster than the penalty holds it back)")
     return out.y[:, -1], out.sol
 
 
@@ -70,15 +71,17 @@ class _Flow:
     @cached_property
     def entropy(self) -> float:
         """gamma H(pi) = gamma/2 log det(2 pi e Sigma)."""
-        if self.problem.entropy_weight == 0 or self.policy.exploration is None:
+        gamma, cov = self.problem.entropy_weight, self.policy.exploration
+        if gamma == 0 or cov is None:
             return 0.0
-        return 0.5 * self.problem.entropy_weight * float(np.linalg.slogdet(2 * np.pi * np.e * self.policy.exploration)[1])
+        return 0.5 * gamma * float(np.linalg.slogdet(2 * np.pi * np.e * cov)[1])
 
     @cached_property
     def reward(self) -> Quadratic:
         quadratic = self.problem.reward.quadratic(self.d)
         if quadratic is None:
-            raise ValueError(f"problem: expected a quadratic reward in the limit, got {type(self.problem.reward).__name__}")
+            raise ValueError("problem: expected a quadratic reward in the limit, got "
+                             f"{type(self.problem.reward).__name__}")
         return quadratic
 
     def rates(self, t: float) -> tuple[float, float, float, float]:
@@ -100,7 +103,7 @@ class _Flow:
 
     @cached_property
     def forward(self) -> tuple[Array, Solution]:
-        r"""m' = F m + c,   P' = F P + P F' + eta^2 g^2 I;   then the integrals of kappa E|mu - s|^2 and kappa, plain and discounted."""
+        r"""m' = F m + c,  P' = F P + P F' + eta^2 g^2 I;  int kappa E|mu - s|^2 and int kappa, plain and discounted."""
 
         def rhs(t: float, y: Array) -> Array:
             _, noise, _, kappa = self.rates(t)
@@ -146,12 +149,13 @@ def _checked(problem: Problem, policy: Policy) -> _Flow:
     if not isinstance(problem.data, Gaussian):
         raise ValueError(f"problem: expected Gaussian data in the limit, got {type(problem.data).__name__}")
     if not isinstance(policy, ContinuousPolicy):
-        raise ValueError("policy: expected a policy in continuous time with affine_at(t), such as a BasisPolicy (an affine map per "
-                         f"grid step has no limit), got {type(policy).__name__}")
+        raise ValueError("policy: expected a policy in continuous time with affine_at(t), such as a BasisPolicy (an "
+                         f"affine map per grid step has no limit), got {type(policy).__name__}")
     if policy.dim != problem.dim:
         raise ValueError(f"policy: expected dimension {problem.dim} like the problem, got {policy.dim}")
     if problem.entropy_weight > 0 and policy.exploration is None:
-        raise ValueError("entropy_weight: expected a policy with exploration (mean actions have no entropy), got exploration=None")
+        raise ValueError("entropy_weight: expected a policy with exploration (mean actions have no entropy), got "
+                         "exploration=None")
     flow = _Flow(problem, policy)
     _ = flow.reward  # a reward that is not quadratic is refused here, not in the middle
     return flow
@@ -164,12 +168,13 @@ def _pretrained(problem: Problem) -> _Flow:
 def evaluate(problem: Problem, policy: Policy) -> Truth:
     r"""Objective, its parts, the terminal law and the gradient in continuous time.
 
-        m' = F m + c,   P' = F P + P F' + eta^2 g^2 I,   J = e^{-rho T} E r(X_T) - lambda int e^{-rho t} kappa (E|mu - s|^2 + tr Sigma) dt
+        m' = F m + c,   P' = F P + P F' + eta^2 g^2 I
+        J = e^{-rho T} E r(X_T) - lambda int e^{-rho t} kappa (E|mu - s|^2 + tr Sigma) dt  (+ gamma int e^{-rho t} H dt)
         grad J = int e^{-rho t} E[ (d mu)'( h grad V - 2 lambda kappa (mu - s) ) ] dt
 
     terminal.mean (d,), terminal.cov (d, d) of X_T; penalty and mean_penalty in nats at eta > 0; gradient.theta (p,)
-    Assumes Gaussian data, an at most quadratic reward and a policy in continuous time with affine_at(t) (a BasisPolicy; its
-    basis gives the gradient). Error about 1e-11 relative (DOP853); the chain on a grid comes near it as O(D).
+    Assumes Gaussian data, an at most quadratic reward and a policy in continuous time with affine_at(t) (a BasisPolicy;
+    its basis gives the gradient). Error below 1e-11 relative (DOP853); the chain on a grid comes near it as O(D).
     Source: theory.md, sections 1, 5 and 7.   Checked: tests/test_limit.py::test_reference_numbers
     """
     flow = _checked(problem, policy)
@@ -181,13 +186,14 @@ def evaluate(problem: Problem, policy: Policy) -> Truth:
     lived = -np.expm1(-rho * horizon) / rho if rho > 0 else horizon
     running = flow.entropy * lived - problem.kl_weight * (discounted_gap + flow.spread * discounted_kappa)
     return Truth(problem=problem, objective=float(np.exp(-rho * horizon) * reward + running), expected_reward=reward,
-                 penalty=float(gap + flow.spread * kappa), mean_penalty=float(gap), terminal=Terminal(mean, cov), method="limit",
+                 penalty=float(gap + flow.spread * kappa), mean_penalty=float(gap), terminal=Terminal(mean, cov),
+                 method="limit",
                  compute_terminal_kl=lambda: Gaussian(mean, cov).kl(_pretrained(problem).law(horizon)),
                  compute_gradient=lambda: _gradient(flow))
 
 
 def _gradient(flow: _Flow) -> ExactGradient:
-    """int e^{-rho t} adjoint(t, E[u x'], E u) dt for u = h grad V - 2 lambda kappa (mu - s), as one more adaptive ODE."""
+    """int e^{-rho t} adjoint(t, E[u x'], E u) dt for u = h grad V - 2 lambda kappa (mu - s), one more adaptive ODE."""
     policy, problem = flow.policy, flow.problem
     if not isinstance(policy, BasisPolicy):
         raise ValueError(f"policy: expected a BasisPolicy for the gradient in theta, got {type(policy).__name__}")
@@ -237,7 +243,8 @@ class LimitValue:
 def value(problem: Problem, policy: Policy) -> LimitValue:
     r"""The value function of a policy in continuous time, from its linear ODEs.
 
-        dV/dt + (F x + c).grad V + eta^2 g^2/2 lap V - lambda kappa (|mu - s|^2 + tr Sigma) + gamma H = rho V,    V(T, .) = r
+        dV/dt + (F x + c).grad V + eta^2 g^2/2 lap V - lambda kappa (|mu - s|^2 + tr Sigma) + gamma H = rho V
+        V(T, .) = r
 
     Assumes what `evaluate` assumes; E V(0, X_0) = J.
     Source: theory.md, section 5.   Checked: tests/test_limit.py::test_value_solves_its_equation
@@ -271,7 +278,7 @@ class FeedbackBasis(Basis):
 class LimitOptimum:
     r"""The optimum in continuous time: a* = s + h/(2 lambda kappa) grad V*.
 
-    objective : J*, reward units      penalty : E int kappa |a* - s|^2 dt      path_kl : the same in nats, ValueError at eta = 0
+    objective : J*, reward units      penalty : E int kappa |a* - s|^2 dt      path_kl : the same, nats; not at eta = 0
     policy : runs on any grid; theta = (1,) multiplies the feedback, and dJ/dtheta = 0 at 1
     Source: theory.md, section 9.   Checked: tests/test_limit.py::test_optimum_is_stationary
     """
@@ -291,14 +298,14 @@ def optimum(problem: Problem) -> LimitOptimum:
     r"""The optimal action in continuous time by the Riccati equation of V* = -1/2 x'Sx + w'x + z.
 
         dV*/dt + (-f x + h s).grad V* + eta^2 g^2/2 lap V* + h rate/2 |grad V*|^2 = rho V*,     V*(T, .) = r
-        a* = s + rate grad V*,     rate = h/(2 lambda kappa) = 2 eta^2/((1 + eta^2) lambda)  (eta > 0),   1/(2 lambda)  (eta = 0)
+        a* = s + rate grad V*,     rate = h/(2 lambda kappa) = 2 eta^2/((1 + eta^2) lambda),  at eta = 0: 1/(2 lambda)
 
-    The rate is a constant, so nothing is lost where g = 0. Needs kl_weight > 0, Gaussian data, an at most quadratic reward;
-    ValueError when a reward that grows makes V* infinite before t = 0. Error about 1e-11 relative.
+    The rate is a constant, so nothing is lost where g = 0. Needs kl_weight > 0, Gaussian data and an at most quadratic
+    reward; ValueError when a reward that grows makes V* infinite. Error below 1e-11 relative.
     Source: theory.md, section 9.   Checked: tests/test_limit.py::test_reference_numbers
     """
     if problem.kl_weight == 0:
-        raise ValueError("kl_weight: expected a number > 0 for an optimum (without a penalty actions have no bound), got 0")
+        raise ValueError("kl_weight: expected a number > 0 for an optimum (actions need a penalty), got 0")
     if problem.entropy_weight > 0:
         raise ValueError(f"entropy_weight: expected 0 for the optimum of mean actions, got {problem.entropy_weight:g}")
     flow = _checked(problem, BasisPolicy.shift(problem, np.zeros(problem.dim)))
@@ -323,7 +330,7 @@ def optimum(problem: Problem) -> LimitOptimum:
 
 
 class MarginalKLRate(NamedTuple):
-    """d/dt KL(p_t || p_t^pre), nats per time: by the drift-and-Fisher formula, and by differentiating the Gaussian KL."""
+    """d/dt KL(p_t || p_t^pre), nats per time: by the formula in drifts and scores, and from the Gaussian KL itself."""
 
     formula: float
     derivative: float

@@ -2,10 +2,10 @@ r"""Truth in one dimension for any score, policy and reward, without sampling (t
 
     X_{i+1} | X_i = x  ~  N( m_i(x), s_i^2 ),    m_i(x) = x + D (-f x + h mu(x)),    s_i^2 = eta^2 g^2 D + (h D)^2 Sigma
 
-The density goes forward and the values go backward through the same kernel, by the trapezoid rule on a uniform lattice for
-each time (low, low + dx, ...): for smooth integrands its error is about exp(-2 pi^2 (s/dx)^2), 7e-20 at s = 1.5 dx. Nothing is
-interpolated: V_i at any x is one more integral. Without any noise (eta = 0, no exploration) points of the start law are
-transported instead, and derivatives are adjoints along their paths.
+The density goes forward and the values go backward through the same kernel, by the trapezoid rule on a uniform lattice
+for each time (low, low + dx, ...): for smooth integrands its error is about exp(-2 pi^2 (s/dx)^2), 5e-20 at s = 1.5 dx.
+Nothing is interpolated: V_i at any x is one more integral. Without any noise (eta = 0, no exploration) points of the
+start law are transported instead, and derivatives are adjoints along their paths.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numba import njit, prange
 from ctrl import check
 from ctrl.check import Array
 from ctrl.exact.truth import Advantage, ExactGradient, Terminal, Truth, Value
-from ctrl.laws import Gaussian
+from ctrl.laws import Gaussian, Law
 from ctrl.policy import AffinePolicy, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import Coefficients, TimeGrid
@@ -34,40 +34,49 @@ REACH = 12.0  # half-width of the kernel, in standard deviations of one step
 FAR_REACH = 38.0  # ... in log space, where exp(-38^2/2) is the smallest normal number
 RESOLUTION = 1.5  # spacings per standard deviation of one step, at least
 FEWEST, MOST = 1001, 16001  # points of a lattice, when chosen here
-MOST_TRANSPORTED = 2**18 + 1
+MOST_TRANSPORTED = 64001
 EDGE_DENSITY = 1e-20  # of the peak
 BLOCKS = 16  # of sources in the forward kernel: fixed, so that sums do not depend on the number of threads
 
 
-# ---- kernels -------------------------------------------------------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _table(reach: float, ratio: float) -> Array:
+    """exp(-(k ratio)^2/2) for k = 0 ... up to `reach` standard deviations."""
+    return np.exp(-0.5 * (np.arange(math.ceil(reach / ratio) + 2) * ratio) ** 2)
+
+
+def _expect(centre: Array, s: float, low: float, dx: float, values: Array) -> tuple[Array, Array]:
+    """E[V(m + s xi)] and E[V(m + s xi) xi] for every centre m, V given on low + dx (0, 1, ...)."""
+    plain, slope = np.zeros(centre.size), np.zeros(centre.size)
+    _gather(centre, low, dx, dx / s, _table(REACH, dx / s), values, plain, slope)
+    return plain, slope
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _expect(centre: Array, s: float, low: float, dx: float, values: Array, reach: float) -> tuple[Array, Array]:
-    r"""E[V(m + s xi)] and E[V(m + s xi) xi] for every centre m, V given on low + dx (0, 1, ...).
+def _gather(centre: Array, low: float, dx: float, ratio: float, table: Array, values: Array, plain: Array, slope: Array
+            ) -> None:
+    r"""With y_k = y_c + k dx, y_c the node nearest to m, frac = (m - y_c)/dx and ratio = dx/s, the weight splits into
 
-    With y_k = y_c + k dx, y_c the node nearest to m, frac = (m - y_c)/dx and ratio = dx/s, the weight splits into
-    exp(-xi^2/2) = exp(-(frac ratio)^2/2) T_k rho^k, T_k = exp(-(k ratio)^2/2) a table, rho = exp(frac ratio^2).
+        exp(-xi^2/2) = exp(-(frac ratio)^2/2) T_k rho^k,     T_k = exp(-(k ratio)^2/2), a table,     rho = exp(frac ratio^2)
     """
-    n, ratio = values.size, dx / s
-    size = int(math.ceil(reach / ratio)) + 1
-    table = np.exp(-0.5 * (np.arange(size + 1) * ratio) ** 2)
-    plain, slope = np.zeros(centre.size), np.zeros(centre.size)
+    n = values.size
     for j in prange(centre.size):
         place = (centre[j] - low) / dx
         if place > -0.5 and place < n - 0.5:
-            c = int(math.floor(place + 0.5))
+            c = math.floor(place + 0.5)
             frac = place - c
             rho = math.exp(frac * ratio * ratio)
             total, moment = values[c], -frac * values[c]
             power = 1.0
-            for k in range(1, min(size, n - 1 - c) + 1):
+            for k in range(1, min(table.size, n - c)):
                 power *= rho
                 term = table[k] * power * values[c + k]
                 total += term
                 moment += (k - frac) * term
             rho, power = 1.0 / rho, 1.0
-            for k in range(1, min(size, c) + 1):
+            for k in range(1, min(table.size, c + 1)):
                 power *= rho
                 term = table[k] * power * values[c - k]
                 total += term
@@ -75,50 +84,54 @@ def _expect(centre: Array, s: float, low: float, dx: float, values: Array, reach
             scale = ratio / math.sqrt(2 * math.pi) * math.exp(-0.5 * (frac * ratio) ** 2)
             plain[j] = scale * total
             slope[j] = scale * ratio * moment
-    return plain, slope
+
+
+def _spread(mass: Array, centre: Array, s: float, low: float, dx: float, n: int, reach: float) -> Array:
+    """Density sum_j mass_j N(y; centre_j, s^2) at y = low + dx (0, ..., n - 1): the transpose of `_expect`."""
+    parts = np.zeros((BLOCKS, n))
+    _scatter(mass / (s * math.sqrt(2 * math.pi)), centre, low, dx, dx / s, _table(reach, dx / s), parts)
+    return parts.sum(axis=0)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _spread(mass: Array, centre: Array, s: float, low: float, dx: float, n: int, reach: float) -> Array:
-    """Density sum_j mass_j N(y; centre_j, s^2) at y = low + dx (0, ..., n - 1): the transpose of `_expect`."""
-    ratio = dx / s
-    size = int(math.ceil(reach / ratio)) + 1
-    table = np.exp(-0.5 * (np.arange(size + 1) * ratio) ** 2)
-    parts = np.zeros((BLOCKS, n))
+def _scatter(mass: Array, centre: Array, low: float, dx: float, ratio: float, table: Array, parts: Array) -> None:
+    """The weights of `_gather`; each block of sources adds into its own row of parts (BLOCKS, n)."""
+    n = parts.shape[1]
     for b in prange(BLOCKS):
         for j in range(b * mass.size // BLOCKS, (b + 1) * mass.size // BLOCKS):
             place = (centre[j] - low) / dx
             if mass[j] > 0 and place > -0.5 and place < n - 0.5:
-                c = int(math.floor(place + 0.5))
+                c = math.floor(place + 0.5)
                 frac = place - c
                 rho = math.exp(frac * ratio * ratio)
-                weight = mass[j] / (s * math.sqrt(2 * math.pi)) * math.exp(-0.5 * (frac * ratio) ** 2)
+                weight = mass[j] * math.exp(-0.5 * (frac * ratio) ** 2)
                 parts[b, c] += weight
                 power = weight
-                for k in range(1, min(size, n - 1 - c) + 1):
+                for k in range(1, min(table.size, n - c)):
                     power *= rho
                     parts[b, c + k] += table[k] * power
                 rho, power = 1.0 / rho, weight
-                for k in range(1, min(size, c) + 1):
+                for k in range(1, min(table.size, c + 1)):
                     power *= rho
                     parts[b, c - k] += table[k] * power
-    out = np.zeros(n)
-    for b in range(BLOCKS):
-        out += parts[b]
-    return out
+
+
+def _log_expect(centre: Array, s: float, low: float, dx: float, log_phi: Array, carried: Array) -> tuple[Array, Array]:
+    """log E[phi(m + s xi)] and E[phi R] / E[phi] for every centre m, log phi and R given on a lattice."""
+    out, mean = np.full(centre.size, -np.inf), np.zeros(centre.size)
+    _log_gather(centre, low, dx, dx / s, log_phi, carried, out, mean)
+    return out, mean
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _log_expect(centre: Array, s: float, low: float, dx: float, log_phi: Array, carried: Array, reach: float
-                ) -> tuple[Array, Array]:
-    """log E[phi(m + s xi)] and E[phi R] / E[phi] for every centre m, log phi and R given on a lattice."""
-    n, ratio = log_phi.size, dx / s
+def _log_gather(centre: Array, low: float, dx: float, ratio: float, log_phi: Array, carried: Array, out: Array,
+                mean: Array) -> None:
+    n, reach = log_phi.size, FAR_REACH / ratio
     log_scale = math.log(ratio / math.sqrt(2 * math.pi))
-    out, mean = np.full(centre.size, -np.inf), np.zeros(centre.size)
     for j in prange(centre.size):
         place = (centre[j] - low) / dx
-        first = int(max(0.0, math.ceil(min(place - reach / ratio, float(n)))))
-        last = int(min(n - 1.0, math.floor(max(place + reach / ratio, -1.0))))
+        first = math.ceil(max(0.0, min(place - reach, float(n))))
+        last = math.floor(min(n - 1.0, max(place + reach, -1.0)))
         top = -np.inf
         for k in range(first, last + 1):
             top = max(top, log_phi[k] - 0.5 * ((k - place) * ratio) ** 2)
@@ -130,10 +143,9 @@ def _log_expect(centre: Array, s: float, low: float, dx: float, log_phi: Array, 
                 moment += weight * carried[k]
             out[j] = top + math.log(total) + log_scale
             mean[j] = moment / total
-    return out, mean
 
 
-# ---- the chain, one step at a time ---------------------------------------------------------------------------------------
+# ---- the chain, one step at a time -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +200,11 @@ class _Chain:
     def score(self, i: int, x: Array) -> Array:
         return self.problem.score(float(self.grid.times[i]), x[:, None])[:, 0]
 
+    def slope(self, i: int, x: Array) -> Array:
+        """dm/dx, (n,)."""
+        dmu = self.policy.jacobian_x(self.grid, i, x[:, None])[:, 0, 0]
+        return 1 + self.c.dt[i] * (-self.c.f[i] + self.c.h[i] * dmu)
+
     def slopes(self, i: int, x: Array) -> tuple[Array, Array]:
         """dm/dx and d(mu - s)/dx, (n,) each."""
         dmu = self.policy.jacobian_x(self.grid, i, x[:, None])[:, 0, 0]
@@ -201,19 +218,18 @@ class _Chain:
     def edges(self, width: float) -> tuple[Array, Array]:
         r"""Where the chain can be, (N + 1,) each: `width` standard deviations, exactly so for a linear chain.
 
-        Each edge is c + width w with c the noiseless path of the start's mean and w^2 -> (secant slope of m)^2 w^2 + s^2.
+        An edge is c + width w, c the noiseless path of the start's mean and w^2 -> (secant slope of m)^2 w^2 + s^2.
         """
         law = self.problem.start_law
-        centres, covs = ((law.mean[None], law.cov[None]) if isinstance(law, Gaussian) else (law.means, law.covs))
-        sd = np.sqrt(covs[:, 0, 0])
-        low, high = [np.min(centres[:, 0] - width * sd)], [np.max(centres[:, 0] + width * sd)]
-        middle = float(law.mean[0])
+        centres, sd = _components(law)
+        low, high = np.empty(self.grid.steps + 1), np.empty(self.grid.steps + 1)
+        low[0], high[0] = np.min(centres - width * sd), np.max(centres + width * sd)
+        middle = law.mean[0]
         for i in range(self.grid.steps):
-            image = self.centre(i, np.array([low[-1], middle, high[-1]]))
-            middle = float(image[1])
-            low.append(middle - math.hypot(image[1] - image[0], width * self.s[i]))
-            high.append(middle + math.hypot(image[2] - image[1], width * self.s[i]))
-        return np.array(low), np.array(high)
+            left, middle, right = self.centre(i, np.array([low[i], middle, high[i]]))
+            low[i + 1] = middle - np.hypot(middle - left, width * self.s[i])
+            high[i + 1] = middle + np.hypot(right - middle, width * self.s[i])
+        return low, high
 
 
 class _Lattice(NamedTuple):
@@ -225,6 +241,15 @@ class _Lattice(NamedTuple):
 
     def nodes(self, i: int) -> Array:
         return self.low[i] + self.dx[i] * np.arange(self.n)
+
+    def require(self, i: int, x: Array) -> None:
+        """ValueError for states from which the chain could notice that the lattice ends."""
+        half = 0.5 * (self.n - 1) * self.dx[i]
+        middle, room = self.low[i] + half, TRUSTED / WIDTH * half
+        off = np.abs(x - middle)
+        if np.any(off > room):
+            raise ValueError(f"x: expected states in [{middle - room:.4g}, {middle + room:.4g}] at step {i} "
+                             f"({TRUSTED:g} standard deviations of the chain), got {x[np.argmax(off)]:.4g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,13 +272,21 @@ class _Solution:
         values, slopes = np.empty_like(self.density), np.empty_like(self.centre)
         values[steps] = chain.problem.reward.value(lattice.nodes(steps)[:, None])
         for i in reversed(range(steps)):
-            plain, moment = _expect(self.centre[i], chain.s[i], lattice.low[i + 1], lattice.dx[i + 1], values[i + 1], REACH)
+            low, dx = lattice.low[i + 1], lattice.dx[i + 1]
+            plain, moment = _expect(self.centre[i], chain.s[i], low, dx, values[i + 1])
             values[i] = chain.decay(i) * plain + chain.bonus[i] - chain.cost(i, self.gap[i])
             slopes[i] = moment / chain.s[i]
         return values, slopes
 
 
-# ---- choosing the lattice ------------------------------------------------------------------------------------------------
+# ---- choosing the lattice --------------------------------------------------------------------------------------------
+
+
+def _components(law: Law) -> tuple[Array, Array]:
+    """Means and standard deviations of a law's Gaussian components, (K,) each."""
+    if isinstance(law, Gaussian):
+        return law.mean, np.sqrt(law.cov[0])
+    return law.means[:, 0], np.sqrt(law.covs[:, 0, 0])
 
 
 def _start_density(problem: Problem, x: Array) -> Array:
@@ -261,11 +294,11 @@ def _start_density(problem: Problem, x: Array) -> Array:
 
 
 def _needed(chain: _Chain, low: Array, high: Array) -> int:
-    """Points so that every step's noise, and the start law, is at least RESOLUTION spacings wide at both of its ends."""
-    law, span = chain.problem.start_law, high - low
-    covs = law.cov[None] if isinstance(law, Gaussian) else law.covs
-    narrowest = math.sqrt(2) * RESOLUTION * span[0] / math.sqrt(float(np.min(covs)))
-    return 1 + math.ceil(max(narrowest, RESOLUTION * float(np.max(np.maximum(span[1:], span[:-1]) / chain.s))))
+    """Points so that every step's noise, and the start law, is at least RESOLUTION spacings wide at both its ends."""
+    span = high - low
+    # sqrt(2): the start law may meet a kernel as narrow as itself
+    start = math.sqrt(2) * span[0] / np.min(_components(chain.problem.start_law)[1])
+    return 1 + math.ceil(RESOLUTION * max(start, np.max(np.maximum(span[1:], span[:-1]) / chain.s)))
 
 
 def _propagated(chain: _Chain, lattice: _Lattice, reach: float = REACH) -> _Solution:
@@ -276,15 +309,16 @@ def _propagated(chain: _Chain, lattice: _Lattice, reach: float = REACH) -> _Solu
         x = lattice.nodes(i)
         a = chain.action(i, x)
         centre[i], gap[i] = chain.moved(i, x, a), a - chain.score(i, x)
-        density[i + 1] = _spread(density[i] * lattice.dx[i], centre[i], chain.s[i], lattice.low[i + 1], lattice.dx[i + 1], n,
-                                 reach)
+        mass = density[i] * lattice.dx[i]
+        density[i + 1] = _spread(mass, centre[i], chain.s[i], lattice.low[i + 1], lattice.dx[i + 1], n, reach)
     return _Solution(chain, lattice, density, centre, gap)
 
 
-def _edge_density(solution: _Solution) -> float:
-    """Largest density at an edge, relative to the peak of its time."""
-    p = solution.density
-    return float(np.max(np.maximum(p[:, 0], p[:, -1]) / np.max(p, axis=1)))
+def _contained(solution: _Solution) -> bool:
+    """Is no mass lost, and next to none near an edge, at any time?"""
+    p, dx = solution.density, solution.lattice.dx
+    lost = np.abs(p.sum(axis=1) * dx - 1)
+    return bool(np.all(lost < 1e-11) and np.all(np.maximum(p[:, 0], p[:, -1]) < EDGE_DENSITY * np.max(p, axis=1)))
 
 
 def _steepness(solution: _Solution) -> float:
@@ -295,54 +329,58 @@ def _steepness(solution: _Solution) -> float:
 
 
 def _roughness(solution: _Solution) -> float:
-    """Relative change of E r(X_N) when every other node is dropped: large when the reward is not smooth on the lattice."""
+    """Relative change of E r(X_N) when every other node is dropped: large when the reward is not smooth on them."""
     steps = solution.chain.grid.steps
     terms = solution.mass(steps) * solution.chain.problem.reward.value(solution.lattice.nodes(steps)[:, None])
     return float(abs(terms.sum() - 2 * terms[::2].sum()) / max(np.abs(terms).sum(), 1e-300))
 
 
 def _refuse(chain: _Chain, need: int, points: int | None) -> None:
+    smallest = np.min(chain.s)
     if points is not None:
-        raise ValueError(f"points: expected at least {need} (each step's noise, {np.min(chain.s):.3g} at its smallest, must be "
-                         f"{RESOLUTION:g} spacings wide), got {points}")
-    raise ValueError(f"grid: expected a grid that at most {MOST} points resolve, got {chain.grid.steps} steps with noise "
-                     f"down to {np.min(chain.s):.3g}, which need {need} (use fewer or longer steps, or give points)")
+        raise ValueError(f"points: expected at least {need} (each step's noise, {smallest:.3g} at its smallest, must "
+                         f"be {RESOLUTION:g} spacings wide), got {points}")
+    raise ValueError(f"grid: expected steps that at most {MOST} points resolve, got {chain.grid.steps} steps with "
+                     f"noise down to {smallest:.3g}, which need {need} (use fewer or longer steps, or give points)")
 
 
 def _solve(chain: _Chain, points: int | None, hull: tuple[Array, Array] | None = None, width: float = WIDTH,
            reach: float = REACH) -> _Solution:
-    """The law on the smallest lattice that is wide and fine enough; `hull` asks for at least that much room."""
+    """The law on the smallest lattice that is wide and fine enough for it; `hull` asks for at least that much room."""
     n = FEWEST if points is None else check.integer("points", points, at_least=3)
     while True:
         low, high = chain.edges(width)
         if hull is not None:
             low, high = np.minimum(low, hull[0]), np.maximum(high, hull[1])
         need = _needed(chain, low, high)
-        if need > n:
-            if points is not None or need > MOST:
-                _refuse(chain, need, points)
-            n = need + (need + 1) % 2
-        solution = _propagated(chain, _Lattice(low, (high - low) / (n - 1), n), reach)
-        if _edge_density(solution) > EDGE_DENSITY:
-            if width > 3 * WIDTH:
-                raise ValueError(f"policy: expected a chain with Gaussian tails, got density {_edge_density(solution):.2g} of the "
-                                 f"peak at {width:.3g} standard deviations")
-            width *= 1.25
-            continue
-        if (steep := _steepness(solution)) > 1:
-            need = math.ceil(n * steep)
-            if points is not None or need > MOST:
-                _refuse(chain, need, points)
-            n = need + (need + 1) % 2
-            continue
-        if (rough := _roughness(solution)) > 1e-11:
-            if points is None and 2 * n - 1 <= MOST:
-                n = 2 * n - 1
+        if need <= n:
+            solution = _propagated(chain, _Lattice(low, (high - low) / (n - 1), n), reach)
+            if not _contained(solution):
+                if width > 3 * WIDTH:
+                    raise ValueError("policy: expected a chain whose density falls like a Gaussian, got some still "
+                                     f"near the edge at {width:.3g} standard deviations")
+                width *= 1.25
                 continue
+            if (steep := _steepness(solution)) <= 1:
+                return solution
+            need = math.ceil(n * steep)
+        if points is not None or need > MOST:
+            _refuse(chain, need, points)
+        n = need + (need + 1) % 2
+
+
+def _smooth(solution: _Solution, points: int | None) -> _Solution:
+    """Refined until the reward is smooth on the lattice; a warning where it never is."""
+    while (rough := _roughness(solution)) > 1e-11:
+        lattice = solution.lattice
+        finer = 2 * lattice.n - 1
+        if points is not None or finer > MOST:
             if rough > 1e-8:
-                warnings.warn(f"reward: not smooth on {n} points; expectations are off by up to {rough:.1g}, relative",
-                              RuntimeWarning, stacklevel=4)
-        return solution
+                warnings.warn(f"reward: not smooth on {lattice.n} points; expectations are off by up to {rough:.1g}, "
+                              "relative", RuntimeWarning, stacklevel=4)
+            break
+        solution = _propagated(solution.chain, _Lattice(lattice.low, lattice.dx / 2, finer))
+    return solution
 
 
 def _checked(problem: Problem, policy: Policy, grid: TimeGrid) -> _Chain:
@@ -358,29 +396,31 @@ def _pretrained(chain: _Chain) -> _Chain:
 
 def _with_room(chain: _Chain, points: int | None) -> _Solution:
     """Solved on a lattice that also covers the pre-trained chain, where values are often asked for."""
-    return _solve(chain, points, hull=_pretrained(chain).edges(WIDTH))
+    return _smooth(_solve(chain, points, hull=_pretrained(chain).edges(WIDTH)), points)
 
 
-# ---- public verbs --------------------------------------------------------------------------------------------------------
+# ---- public verbs ----------------------------------------------------------------------------------------------------
 
 
 def evaluate(problem: Problem, policy: Policy, grid: TimeGrid, points: int | None = None) -> Truth:
     r"""Objective, its parts, the terminal law and the gradient of a 1-D chain, for any score, policy and reward.
 
-        p_{i+1}(y) = int p_i(x) N(y; m_i(x), s_i^2) dx,    J = e^{-rho T} int p_N r - lambda sum e^{-rho t_i} kappa_i D_i E|a_i - s_i|^2
-        grad J = sum_i e^{-rho t_i} D_i E[ (d mu_i)'( h_i e^{-rho D_i} E[V_{i+1}(X_{i+1}) xi | X_i]/s_i - 2 lambda kappa_i (mu_i - s_i) ) ]
+        p_{i+1}(y) = int p_i(x) N(y; m_i(x), s_i^2) dx,
+        J = e^{-rho T} int p_N r - lambda sum e^{-rho t_i} kappa_i D_i E|a_i - s_i|^2,
+        grad J = sum_i e^{-rho t_i} D_i E[ (d mu_i)'( h_i e^{-rho D_i} E[V_{i+1}(X_{i+1}) xi | X_i]/s_i
+                                                      - 2 lambda kappa_i (mu_i - s_i) ) ]
 
     points : nodes of the lattice; chosen when None (at most 16001)      terminal.points, terminal.density : (n,)
-    Assumes a reward that is smooth on the lattice (a RuntimeWarning says how far off it is otherwise) and a density with
-    Gaussian tails. Error: 1e-10 relative, from truncation and aliasing; none from the step size, the chain is the object.
-    Without noise (eta = 0, mean actions) start points are transported and the density follows by change of variables.
+    Assumes a reward that is smooth on the lattice (else a RuntimeWarning says how far off) and a density with Gaussian
+    tails. Error: below 1e-10 relative, from truncation and aliasing; none from the step size, the chain is the object.
+    Without noise (eta = 0, mean actions) start points are transported; the density follows by change of variables.
     Source: theory.md, sections 1 and 7.   Checked: tests/test_quadrature.py::test_reference_numbers
     """
     chain = _checked(problem, policy, grid)
     if chain.deterministic:
         return _evaluate_transport(chain, points)
     solution = _with_room(chain, points)
-    c, n, x = chain.c, grid.steps, solution.lattice.nodes(grid.steps)
+    n, x = grid.steps, solution.lattice.nodes(grid.steps)
     mass = solution.mass(n)
     gap2 = np.array([solution.mass(i) @ solution.gap[i] ** 2 for i in range(n)])
     reward = float(mass @ problem.reward.value(x[:, None]))
@@ -394,8 +434,8 @@ def value(problem: Problem, policy: Policy, grid: TimeGrid, points: int | None =
         V_i(x) = -lambda kappa_i D_i |mu - s|^2 + e^{-rho D_i} int N(y; m_i(x), s_i^2) V_{i+1}(y) dy,    V_N = r
         V_i'(x) = -d cost/dx + e^{-rho D_i} m_i'(x) E[V_{i+1}(X_{i+1}) xi]/s_i                            (Stein)
 
-    (+ gamma D H - lambda kappa D tr Sigma for sampled actions.) Good to 1e-10 within 7.5 standard deviations of the chain of
-    the policy; further out a ValueError says so. Without noise V follows the path from x, and V' its adjoint.
+    (+ gamma D H - lambda kappa D tr Sigma for sampled actions.) Good to 1e-10 within 7.5 standard deviations of the
+    policy's chain; further out a ValueError says so. Without noise V follows the path from x, and V' its adjoint.
     Source: theory.md, section 5.   Checked: tests/test_quadrature.py::test_value_against_dense_recursion
     """
     chain = _checked(problem, policy, grid)
@@ -417,7 +457,8 @@ def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
 class Doob:
     r"""The Doob transform of the pre-trained chain by e^{r/lambda}: the optimum when whole kernels are free.
 
-        phi_i(x) = E_pre[ e^{r(X_N)/lambda} | X_i = x ],    objective = lambda E log phi_0(X_0),    path_kl = E*[r]/lambda - E log phi_0
+        phi_i(x) = E_pre[ e^{r(X_N)/lambda} | X_i = x ]
+        objective = lambda E log phi_0(X_0),    path_kl = E*[r]/lambda - E log phi_0(X_0)
 
     objective : reward units      path_kl : nats      expected_reward : E*[r], start law unchanged
     Source: theory.md, section 9 (ii).   Checked: tests/test_quadrature.py::test_doob
@@ -438,8 +479,9 @@ class Doob:
         if i == self.grid.steps:
             return self.problem.reward.value(y) / self.problem.kl_weight
         centre, lattice = self.chain.centre(i, y[:, 0]), self.lattice
+        lattice.require(i, y[:, 0])
         return _log_expect(centre, self.chain.s[i], lattice.low[i + 1], lattice.dx[i + 1], self.nodal[i + 1],
-                           self.nodal[i + 1], FAR_REACH)[0]
+                           self.nodal[i + 1])[0]
 
 
 def doob(problem: Problem, grid: TimeGrid) -> Doob:
@@ -457,12 +499,12 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
                          f"{problem.kl_weight:g} and discount {problem.discount:g}")
     width, last = WIDTH, np.inf
     for _ in range(8):
-        out = _doob_on(chain, _solve(chain, None, width=width))
+        out = _doob_on(chain, _smooth(_solve(chain, None, width=width), None))
         if abs(out.objective - last) <= 1e-12 * max(1.0, abs(out.objective)):
             return out
         width, last = 1.25 * width, out.objective
-    raise ValueError(f"reward: expected e^(r / kl_weight) to be integrable under the pre-trained chain, got log phi that still "
-                     f"moves at {width:.3g} standard deviations")
+    raise ValueError("reward: expected e^(r / kl_weight) to be integrable under the pre-trained chain, got log phi "
+                     f"that still moves at {width:.3g} standard deviations")
 
 
 def _doob_on(chain: _Chain, solution: _Solution) -> Doob:
@@ -471,16 +513,16 @@ def _doob_on(chain: _Chain, solution: _Solution) -> Doob:
     reward = problem.reward.value(lattice.nodes(steps)[:, None])
     nodal[steps] = reward / problem.kl_weight
     for i in reversed(range(steps)):
-        nodal[i], reward = _log_expect(solution.centre[i], chain.s[i], lattice.low[i + 1], lattice.dx[i + 1], nodal[i + 1],
-                                       reward, FAR_REACH)
+        nodal[i], reward = _log_expect(solution.centre[i], chain.s[i], lattice.low[i + 1], lattice.dx[i + 1],
+                                       nodal[i + 1], reward)
     start = solution.mass(0)
     log_phi = float(start @ np.where(start > 0, nodal[0], 0.0))
     expected = float(start @ reward)
-    return Doob(problem, chain.grid, problem.kl_weight * log_phi, expected / problem.kl_weight - log_phi, expected, chain,
-                lattice, nodal)
+    return Doob(problem, chain.grid, problem.kl_weight * log_phi, expected / problem.kl_weight - log_phi, expected,
+                chain, lattice, nodal)
 
 
-# ---- what evaluate is made of --------------------------------------------------------------------------------------------
+# ---- what evaluate is made of ----------------------------------------------------------------------------------------
 
 
 def _truth(chain: _Chain, reward: float, gap2: Array, terminal: Terminal, terminal_kl: Callable[[], float],
@@ -488,9 +530,10 @@ def _truth(chain: _Chain, reward: float, gap2: Array, terminal: Terminal, termin
     """J and the penalties from E r and E|mu - s|^2 at every step."""
     problem, c = chain.problem, chain.c
     running = chain.bonus - problem.kl_weight * c.kappa * c.dt * gap2
-    return Truth(problem=problem, objective=float(c.final_discount * reward + c.discount @ running), expected_reward=reward,
-                 penalty=float((c.kappa * c.dt) @ (gap2 + chain.sigma)), mean_penalty=float((c.kappa * c.dt) @ gap2),
-                 terminal=terminal, method="quadrature", compute_terminal_kl=terminal_kl, compute_gradient=gradient)
+    return Truth(problem=problem, objective=float(c.final_discount * reward + c.discount @ running),
+                 expected_reward=reward, penalty=float((c.kappa * c.dt) @ (gap2 + chain.sigma)),
+                 mean_penalty=float((c.kappa * c.dt) @ gap2), terminal=terminal, method="quadrature",
+                 compute_terminal_kl=terminal_kl, compute_gradient=gradient)
 
 
 def _terminal(x: Array, mass: Array, density: Array | None) -> Terminal:
@@ -519,12 +562,12 @@ def _gradient(solution: _Solution) -> ExactGradient:
 def _terminal_kl(solution: _Solution) -> float:
     """int p log(p/q) over the nodes where p counts; q the terminal density of the pre-trained chain."""
     lattice, steps = solution.lattice, solution.chain.grid.steps
-    p, x = solution.density[steps], lattice.nodes(steps)
+    p = solution.density[steps]
     keep = p > 1e-22 * np.max(p)
     log_q = _log_pretrained(solution, keep)
     if not np.all(np.isfinite(log_q)):
-        raise ValueError("policy: expected a terminal law within 35 standard deviations of the pre-trained one, got one whose "
-                         "density there underflows")
+        raise ValueError("policy: expected a terminal law within 35 standard deviations of the pre-trained one, got "
+                         "one where its density underflows")
     return float(lattice.dx[steps] * np.sum(p[keep] * (np.log(p[keep]) - log_q)))
 
 
@@ -554,25 +597,19 @@ class _KernelValue(Value):
 
     solution: _Solution
 
-    def _step(self, i: int, x: Array, centre: Array, s: float) -> tuple[Array, Array]:
-        """E[V_{i+1}] and E[V_{i+1} xi] around the given centres, where the lattice can be trusted."""
+    def _step(self, i: int, centre: Array, s: float) -> tuple[Array, Array]:
+        """E[V_{i+1}] and E[V_{i+1} xi] around the given centres."""
         lattice = self.solution.lattice
-        low, dx, half = lattice.low[i], lattice.dx[i], 0.5 * (lattice.n - 1) * lattice.dx[i]
-        room = TRUSTED / WIDTH * half
-        if np.any(np.abs(x - (low + half)) > room):
-            worst = x[np.argmax(np.abs(x - (low + half)))]
-            raise ValueError(f"x: expected states in [{low + half - room:.4g}, {low + half + room:.4g}] at step {i} "
-                             f"({TRUSTED:g} standard deviations of the chain), got {worst:.4g}")
-        low, dx = lattice.low[i + 1], lattice.dx[i + 1]
-        return _expect(centre, s, low, dx, self.solution.values[0][i + 1], REACH)
+        return _expect(centre, s, lattice.low[i + 1], lattice.dx[i + 1], self.solution.values[0][i + 1])
 
     def __call__(self, i: int, x: Array) -> Array:
         x, chain = check.points("x", x, 1), self.solution.chain
         if i == chain.grid.steps:
             return chain.problem.reward.value(x)
         y = np.ascontiguousarray(x[:, 0])
+        self.solution.lattice.require(i, y)
         a = chain.action(i, y)
-        plain, _ = self._step(i, y, chain.moved(i, y, a), chain.s[i])
+        plain, _ = self._step(i, chain.moved(i, y, a), chain.s[i])
         return chain.decay(i) * plain + chain.bonus[i] - chain.cost(i, a - chain.score(i, y))
 
     def gradient(self, i: int, x: Array) -> Array:
@@ -580,8 +617,9 @@ class _KernelValue(Value):
         if i == chain.grid.steps:
             return chain.problem.reward.gradient(x)
         y = np.ascontiguousarray(x[:, 0])
+        self.solution.lattice.require(i, y)
         a, (dm, dgap) = chain.action(i, y), chain.slopes(i, y)
-        _, moment = self._step(i, y, chain.moved(i, y, a), chain.s[i])
+        _, moment = self._step(i, chain.moved(i, y, a), chain.s[i])
         push = 2 * chain.problem.kl_weight * chain.c.kappa[i] * chain.c.dt[i] * dgap * (a - chain.score(i, y))
         return (chain.decay(i) * dm * moment / chain.s[i] - push)[:, None]
 
@@ -590,101 +628,117 @@ class _KernelValue(Value):
         y, act = check.points("x", x, 1)[:, 0], check.points("a", a, 1)[:, 0]
         centre, noise = chain.moved(i, y, act), float(chain.c.noise[i])
         cost = chain.cost(i, act - chain.score(i, y))
+        lattice.require(i + 1, centre)
         if noise >= RESOLUTION * lattice.dx[i + 1]:
-            return chain.decay(i) * self._step(i, y, centre, noise)[0] - cost
+            return chain.decay(i) * self._step(i, centre, noise)[0] - cost
         # an action given leaves less noise than the lattice resolves: V_{i+1} itself, at Gauss-Hermite nodes
         xi, weight = np.polynomial.hermite_e.hermegauss(24 if noise > 0 else 1)
         nodes = (centre[:, None] + noise * xi).reshape(-1, 1)
         return chain.decay(i) * self(i + 1, nodes).reshape(len(y), -1) @ (weight / weight.sum()) - cost
 
 
-# ---- no noise at all: transport of points --------------------------------------------------------------------------------
+# ---- no noise at all: transport of points ----------------------------------------------------------------------------
 
 
-def _paths(chain: _Chain, first: int, x: Array) -> list[Array]:
-    """States from step `first` to N, each (n,)."""
-    states = [x]
-    for i in range(first, chain.grid.steps):
-        states.append(chain.centre(i, states[-1]))
-    return states
+class _Paths(NamedTuple):
+    """Noiseless paths from step `first` on, and mu - s along them: (N + 1 - first, n), (N - first, n)."""
+
+    first: int
+    states: Array
+    gap: Array
 
 
-def _adjoint(chain: _Chain, first: int, states: list[Array], visit: Callable[[int, Array, Array], None] | None = None) -> Array:
-    r"""dV_first/dx along paths: p_N = r', p_i = e^{-rho D} m_i' p_{i+1} - d cost_i/dx; `visit` sees u = d(Q_i)/d(action)."""
-    c, p = chain.c, chain.problem.reward.gradient(states[-1][:, None])[:, 0]
+def _paths(chain: _Chain, first: int, x: Array) -> _Paths:
+    steps = chain.grid.steps
+    states, gap = np.empty((steps + 1 - first, x.size)), np.empty((steps - first, x.size))
+    states[0] = x
+    for i in range(first, steps):
+        y = states[i - first]
+        a = chain.action(i, y)
+        gap[i - first], states[i - first + 1] = a - chain.score(i, y), chain.moved(i, y, a)
+    return _Paths(first, states, gap)
+
+
+def _adjoint(chain: _Chain, paths: _Paths, visit: Callable[[int, Array, Array], None] | None = None) -> Array:
+    r"""dV_first/dx along paths: p_N = r', p_i = e^{-rho D} m_i' p_{i+1} - d cost_i/dx; `visit` sees u = dQ_i/da."""
+    c, first = chain.c, paths.first
+    p = chain.problem.reward.gradient(paths.states[-1][:, None])[:, 0]
     for i in reversed(range(first, chain.grid.steps)):
-        x = states[i - first]
-        gap, (dm, dgap) = chain.action(i, x) - chain.score(i, x), chain.slopes(i, x)
-        push = 2 * chain.problem.kl_weight * c.kappa[i] * c.dt[i] * gap
+        x, (dm, dgap) = paths.states[i - first], chain.slopes(i, paths.states[i - first])
+        push = 2 * chain.problem.kl_weight * c.kappa[i] * c.dt[i] * paths.gap[i - first]
         if visit is not None:
             visit(i, x, chain.decay(i) * c.dt[i] * c.h[i] * p - push)
         p = chain.decay(i) * dm * p - push * dgap
     return p
 
 
-def _start_points(chain: _Chain, n: int) -> tuple[Array, Array]:
-    """Nodes of the start law and their masses, (n,) each."""
-    low, high = (edge[0] for edge in chain.edges(WIDTH))
-    lattice = _Lattice(np.array([low]), np.array([(high - low) / (n - 1)]), n)
-    x = lattice.nodes(0)
-    return x, _start_density(chain.problem, x) * lattice.dx[0]
+def _expectations(chain: _Chain, paths: _Paths) -> tuple[Array, Array]:
+    """Masses of uniform start points, and the expectations that must stand still under refinement: r, x, x^2, gap^2."""
+    x, end = paths.states[0], paths.states[-1]
+    mass = _start_density(chain.problem, x) * (x[-1] - x[0]) / (x.size - 1)
+    moments = np.array([mass @ chain.problem.reward.value(end[:, None]), mass @ end, mass @ end**2])
+    return mass, np.concatenate([moments, paths.gap**2 @ mass])
 
 
-def _transported(chain: _Chain, n: int) -> tuple[list[Array], Array, Array]:
-    """Paths from n nodes, their masses, and the expectations that must stand still under refinement."""
-    x, mass = _start_points(chain, n)
-    states = _paths(chain, 0, x)
-    gap2 = [mass @ (chain.action(i, y) - chain.score(i, y)) ** 2 for i, y in enumerate(states[:-1])]
-    end = states[-1]
-    moments = [mass @ chain.problem.reward.value(end[:, None]), mass @ end, mass @ end**2]
-    return states, mass, np.array(moments + gap2)
+def _refined(chain: _Chain, paths: _Paths) -> _Paths:
+    """The same paths with new ones halfway between their starts."""
+    x = paths.states[0]
+    new = _paths(chain, 0, 0.5 * (x[1:] + x[:-1]))
+    both = _Paths(0, *(np.empty((len(old), 2 * x.size - 1)) for old in paths[1:]))
+    for merged, old, middle in zip(both[1:], paths[1:], new[1:], strict=True):
+        merged[:, ::2], merged[:, 1::2] = old, middle
+    return both
 
 
 def _evaluate_transport(chain: _Chain, points: int | None) -> Truth:
     n = FEWEST if points is None else check.integer("points", points, at_least=3)
-    states, mass, expected = _transported(chain, n)
+    centres, sd = _components(chain.problem.start_law)
+    start = np.linspace(np.min(centres - WIDTH * sd), np.max(centres + WIDTH * sd), n)
+    paths = _paths(chain, 0, start)
+    mass, expected = _expectations(chain, paths)
     while points is None:
-        coarse, n = expected, 2 * n - 1
-        states, mass, expected = _transported(chain, n)
+        coarse, paths = expected, _refined(chain, paths)
+        mass, expected = _expectations(chain, paths)
         change = float(np.max(np.abs(expected - coarse) / np.maximum(1.0, np.abs(expected))))
         if change < 1e-12:
             break
-        if 2 * n - 1 > MOST_TRANSPORTED:
-            warnings.warn(f"reward: not smooth along the flow on {n} points; expectations are off by up to {change:.1g}",
-                          RuntimeWarning, stacklevel=3)
+        if 2 * mass.size - 1 > MOST_TRANSPORTED:
+            warnings.warn(f"reward: not smooth along the flow on {mass.size} points; expectations are off by up to "
+                          f"{change:.1g}", RuntimeWarning, stacklevel=3)
             break
-    density = _transported_density(chain, states)
-    return _truth(chain, float(expected[0]), expected[3:], _terminal(states[-1], mass, density),
-                  lambda: _transport_kl(chain, states, mass, density), lambda: _transport_gradient(chain, states, mass))
+    density = _transported_density(chain, paths.states)
+    return _truth(chain, float(expected[0]), expected[3:], _terminal(paths.states[-1], mass, density),
+                  lambda: _transport_kl(chain, paths.states[-1], mass, density),
+                  lambda: _transport_gradient(chain, paths, mass))
 
 
-def _log_slope(chain: _Chain, states: list[Array]) -> Array | None:
-    """log dX_N/dX_0 along paths, or None when a step folds the line over."""
-    slopes = [chain.slopes(i, x)[0] for i, x in enumerate(states[:-1])]
-    return None if any(np.any(slope <= 0) for slope in slopes) else np.sum(np.log(slopes), axis=0)
+def _transported_density(chain: _Chain, states: Array) -> Array | None:
+    """p_0(X_0) / (dX_N/dX_0) along paths, or None when a step folds the line over."""
+    log_density = chain.problem.start_law.log_density(states[0][:, None])
+    for i, x in enumerate(states[:-1]):
+        slope = chain.slope(i, x)
+        if np.any(slope <= 0):
+            return None
+        log_density = log_density - np.log(slope)
+    return np.exp(log_density)
 
 
-def _transported_density(chain: _Chain, states: list[Array]) -> Array | None:
-    log_slope = _log_slope(chain, states)
-    return None if log_slope is None else np.exp(chain.problem.start_law.log_density(states[0][:, None]) - log_slope)
-
-
-def _transport_gradient(chain: _Chain, states: list[Array], mass: Array) -> ExactGradient:
+def _transport_gradient(chain: _Chain, paths: _Paths, mass: Array) -> ExactGradient:
     per_path = np.zeros((len(mass), chain.policy.theta.size))
 
     def visit(i: int, x: Array, u: Array) -> None:
         chain.policy.add_vjp(per_path, chain.grid, i, x[:, None], (chain.c.discount[i] * u * mass)[:, None])
 
-    _adjoint(chain, 0, states, visit)
+    _adjoint(chain, paths, visit)
     return _as_gradient(chain.policy, per_path.sum(axis=0))
 
 
-def _transport_kl(chain: _Chain, states: list[Array], mass: Array, density: Array | None) -> float:
+def _transport_kl(chain: _Chain, end: Array, mass: Array, density: Array | None) -> float:
     if density is None:
-        raise ValueError("grid: expected steps that keep the order of points (1 - D f + D h mu' > 0) for a terminal density, "
-                         "got a step that folds; use more steps")
-    keep = mass > 1e-22 * np.max(mass)
-    return float(mass[keep] @ (np.log(density[keep]) - _log_pushed(_pretrained(chain), states[-1][keep])))
+        raise ValueError("grid: expected steps that keep the order of points (1 - D f + D h mu' > 0) for a terminal "
+                         "density, got a step that folds; use more steps")
+    keep = mass > 1e-18 * np.max(mass)
+    return float(mass[keep] @ (np.log(density[keep]) - _log_pushed(_pretrained(chain), end[keep])))
 
 
 def _log_pushed(chain: _Chain, y: Array) -> Array:
@@ -692,15 +746,15 @@ def _log_pushed(chain: _Chain, y: Array) -> Array:
     log_slope = np.zeros_like(y)
     for i in reversed(range(chain.grid.steps)):
         y = _preimage(chain, i, y)
-        log_slope += np.log(chain.slopes(i, y)[0])
+        log_slope += np.log(chain.slope(i, y))
     return chain.problem.start_law.log_density(y[:, None]) - log_slope
 
 
 def _preimage(chain: _Chain, i: int, y: Array) -> Array:
     """x with m_i(x) = y for an increasing m_i, by Newton's method inside a shrinking bracket."""
-    x = y.copy()
-    room = 1.0 + np.abs(chain.centre(i, x) - y)
-    low, high = x - room, x + room
+    moved = chain.centre(i, y) - y
+    x, room = y - moved, 1.0 + 2 * np.abs(moved)
+    low, high = y - room, y + room
     for _ in range(60):
         below, above = chain.centre(i, low) > y, chain.centre(i, high) < y
         if not np.any(below | above):
@@ -708,10 +762,10 @@ def _preimage(chain: _Chain, i: int, y: Array) -> Array:
         room *= 2
         low, high = np.where(below, low - room, low), np.where(above, high + room, high)
     for _ in range(80):
-        miss, slope = chain.centre(i, x) - y, chain.slopes(i, x)[0]
+        miss, slope = chain.centre(i, x) - y, chain.slope(i, x)
         if np.any(slope <= 0):
-            raise ValueError("grid: expected pre-trained steps that keep the order of points (1 - D f + D h s' > 0) for a "
-                             "terminal density, got a step that folds; use more steps")
+            raise ValueError("grid: expected pre-trained steps that keep the order of points (1 - D f + D h s' > 0) "
+                             "for a terminal density, got a step that folds; use more steps")
         low, high = np.where(miss < 0, x, low), np.where(miss > 0, x, high)
         step = x - miss / slope
         step = np.where((step < low) | (step > high), 0.5 * (low + high), step)
@@ -729,16 +783,14 @@ class _TransportValue(Value):
     chain: _Chain
 
     def __call__(self, i: int, x: Array) -> Array:
-        chain = self.chain
-        states = _paths(chain, i, check.points("x", x, 1)[:, 0])
-        out = chain.problem.reward.value(states[-1][:, None])
+        chain, paths = self.chain, _paths(self.chain, i, check.points("x", x, 1)[:, 0])
+        out = chain.problem.reward.value(paths.states[-1][:, None])
         for j in reversed(range(i, chain.grid.steps)):
-            y = states[j - i]
-            out = chain.decay(j) * out + chain.bonus[j] - chain.cost(j, chain.action(j, y) - chain.score(j, y))
+            out = chain.decay(j) * out + chain.bonus[j] - chain.cost(j, paths.gap[j - i])
         return out
 
     def gradient(self, i: int, x: Array) -> Array:
-        return _adjoint(self.chain, i, _paths(self.chain, i, check.points("x", x, 1)[:, 0]))[:, None]
+        return _adjoint(self.chain, _paths(self.chain, i, check.points("x", x, 1)[:, 0]))[:, None]
 
     def action_value(self, i: int, x: Array, a: Array) -> Array:
         chain, y, act = self.chain, check.points("x", x, 1)[:, 0], check.points("a", a, 1)[:, 0]
