@@ -63,7 +63,8 @@ def estimate_test(mean: Array, standard_error: Array, expected: Array | float, *
     threshold = float(-quantile(false_alarm / (2 * mean.size)))
     worst = int(np.argmax(np.abs(z)))
     resolves = (threshold - float(quantile(miss))) * float(standard_error.max())
-    return MeanTest(*(float(v[worst]) for v in (mean, expected, standard_error, z)), threshold, resolves)
+    return MeanTest(float(mean[worst]), float(expected[worst]), float(standard_error[worst]), float(z[worst]),
+                    threshold, resolves)
 
 
 @dataclass(frozen=True)
