@@ -121,11 +121,12 @@ class _Chain:
         return (x, sums, states, xi, self._actions(states, z)) if trajectory else (x, sums, None, None, None)
 
     def _kernel(self, x: Array, words: Words, given: Given, states: Array) -> Array:
-        sums = np.zeros((len(x), 3), self.dtype)
         assert self.coefficients is not None
+        motion, exploration, cost, scores = self.coefficients
+        sums = np.zeros((len(x), 3), self.dtype)
 
         def piece(begin: int, end: int) -> None:
-            run(begin, end, x, words, given, *self.coefficients, sums, states)
+            run(begin, end, x, words, given, motion, exploration, cost, scores, sums, states)
 
         over_paths(piece, len(x), self.threads)
         return sums
