@@ -147,8 +147,8 @@ def assert_mean(samples: Array | Gradient, expected: Array | float, resolves: fl
     miss     : probability of passing at an error of `resolves` in one coordinate
     batches  : average the samples in so many batches first, for heavy tails (likelihood ratios); costs little power
 
-    Quantiles are Student's at the degrees of freedom of the standard error.
-    Source: theory.md, section 0.   Checked: tests/test_testing.py::test_assert_mean_refuses_underpowered
+    The random standard error is allowed for (Student's law); from 30 samples or batches on the rates hold to 10 %.
+    Source: theory.md, section 0.   Checked: tests/test_testing.py::test_default_rates_are_as_stated
     """
     resolves = check.number("resolves", resolves, above=0)
     for name, rate in (("false_alarm", false_alarm), ("miss", miss)):
