@@ -1,0 +1,57 @@
+"""The advantage theorem holds on small cases, catches what it plants, and fails when a formula is broken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ctrl import exact, zoo
+from ctrl.theorems.advantage import AdvantageRate
+from ctrl.theorems.value import solved
+from ctrl.theorems.verdict import Case
+
+THEOREM = AdvantageRate()
+
+
+@pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
+def test_every_verdict_holds(make):
+    rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0, steps=20)))
+    assert [row.reason for row in rows if row.holds is False] == []
+    assert {row.check for row in rows} >= {"exact", "monte_carlo", "limit", "planted", "skipped"}
+    planted = [row.reason for row in rows if row.check == "planted"]
+    for what in ("Q for q", "collapses", "g² for h", "not centred", "factor 1 - 1/2", "sign of tr Σ"):
+        assert any(what in reason for reason in planted), what
+
+
+@pytest.mark.parametrize("changes", [{"discount": 0.7}, {"entropy_weight": 0.3}, {"discount": 0.5, "entropy_weight": 0.2}])
+@pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
+def test_exact_twins_with_discount_and_entropy(make, changes):
+    for eta in (1.0, 0.5):
+        at = solved(Case(make.__name__, make(), quick=True, seed=1, steps=12).at(eta, **changes))[-1]
+        rows = [*THEOREM._centred(at), *THEOREM._stein(at)]
+        assert [row.reason for row in rows if row.holds is False] == []
+
+
+def test_limit_with_discount_and_entropy():
+    at = solved(Case("gaussian", zoo.gaussian_pull_2d(), quick=True, seed=1).at(0.5, discount=0.4, entropy_weight=0.2))[-1]
+    assert [row.reason for row in THEOREM._limits(at) if not row.holds] == []
+
+
+def test_the_last_step_of_an_open_problem():
+    rows = list(THEOREM.checks(Case("digits_plane", zoo.digits_plane(), quick=True, seed=0)))
+    assert [row.reason for row in rows if row.holds is False] == []
+    assert {row.check for row in rows} == {"exact", "planted", "skipped"}
+
+
+def test_a_broken_rate_fails_and_says_so(monkeypatch):
+    true = exact.Advantage.__call__
+    monkeypatch.setattr(exact.Advantage, "__call__", lambda self, i, x, a: true(self, i, x, a) + 1e-6 * np.sum(a * a, axis=1))
+    at = solved(Case("gaussian", zoo.gaussian_pull_2d(), quick=True, seed=0, steps=10))[-1]
+    failed = [row for row in THEOREM._centred(at) if not row.holds]
+    assert len(failed) == 1
+    assert "E_π q = 0" in failed[0].reason and "measured" in failed[0].reason and "against" in failed[0].reason
+
+
+def test_figure_draws():
+    figure = THEOREM.figure(Case("gaussian_pull_2d", zoo.gaussian_pull_2d(), quick=True, seed=0))
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
