@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike
 
 from ctrl import check
@@ -181,12 +182,18 @@ class GaussianMixture:
 
     def score(self, x: ArrayLike) -> Array:
         """grad log p(x), (n, d) -> (n, d)."""
-        s, rho = self._scores_and_responsibilities(check.points("x", x, self.dim))
+        x = check.points("x", x, self.dim)
+        if x.dtype == np.float64:
+            return _mixture_scores(x, self.means, self.precisions, self.log_normalisers)
+        s, rho = self._scores_and_responsibilities(x)
         return np.einsum("nk,nki->ni", rho, s)
 
     def score_jacobian(self, x: ArrayLike) -> Array:
         """d score / d x = sum_j rho_j (s_j s_j' - C_j^{-1}) - s s', (n, d) -> (n, d, d)."""
-        s, rho = self._scores_and_responsibilities(check.points("x", x, self.dim))
+        x = check.points("x", x, self.dim)
+        if x.dtype == np.float64:
+            return _mixture_slopes(x, self.means, self.precisions, self.log_normalisers)
+        s, rho = self._scores_and_responsibilities(x)
         mean = np.einsum("nk,nki->ni", rho, s)
         centred = s - mean[:, None, :]
         return np.einsum("nk,nki,nkj->nij", rho, centred, centred) - np.einsum("nk,kij->nij", rho, self.precisions)
@@ -214,6 +221,55 @@ class GaussianMixture:
     def sample(self, noise: StartNoise) -> Array:
         """Samples (n, d) as a pure function of the noise's start and component streams."""
         return self.from_normals(noise.start(self.dim), noise.component(self.weights))
+
+
+@njit(cache=True, error_model="numpy")
+def _component_scores_at(x, means, precisions, log_normalisers, s, rho):
+    """s_j and rho_j at one point x (d,), into s (K, d) and rho (K,)."""
+    top = -np.inf
+    for j in range(len(means)):
+        rho[j] = log_normalisers[j]
+        for a in range(len(x)):
+            s[j, a] = 0.0
+            for b in range(len(x)):
+                s[j, a] -= precisions[j, a, b] * (x[b] - means[j, b])
+            rho[j] += 0.5 * s[j, a] * (x[a] - means[j, a])
+        top = max(top, rho[j])
+    for j in range(len(means)):
+        rho[j] = np.exp(rho[j] - top)
+    rho /= rho.sum()
+
+
+@njit(cache=True, error_model="numpy")
+def _mixture_scores(x, means, precisions, log_normalisers):
+    """sum_j rho_j s_j, (n, d): the same sums as the NumPy form for complex x, without its (n, K, d) arrays."""
+    out = np.zeros(x.shape)
+    s, rho = np.empty(means.shape), np.empty(len(means))
+    for n in range(len(x)):
+        _component_scores_at(x[n], means, precisions, log_normalisers, s, rho)
+        for j in range(len(means)):
+            for a in range(x.shape[1]):
+                out[n, a] += rho[j] * s[j, a]
+    return out
+
+
+@njit(cache=True, error_model="numpy")
+def _mixture_slopes(x, means, precisions, log_normalisers):
+    """sum_j rho_j ( (s_j - s)(s_j - s)' - C_j^{-1} ), (n, d, d)."""
+    d = x.shape[1]
+    out = np.zeros((len(x), d, d))
+    s, rho, mean = np.empty(means.shape), np.empty(len(means)), np.empty(d)
+    for n in range(len(x)):
+        _component_scores_at(x[n], means, precisions, log_normalisers, s, rho)
+        mean[:] = 0.0
+        for j in range(len(means)):
+            for a in range(d):
+                mean[a] += rho[j] * s[j, a]
+        for j in range(len(means)):
+            for a in range(d):
+                for b in range(d):
+                    out[n, a, b] += rho[j] * ((s[j, a] - mean[a]) * (s[j, b] - mean[b]) - precisions[j, a, b])
+    return out
 
 
 Law = Gaussian | GaussianMixture

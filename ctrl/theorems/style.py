@@ -43,7 +43,11 @@ def order_line(ax: Axes, x: Any, y: Any, label: str, index: int) -> None:
     from ctrl.evidence import fitted_order
 
     slope = fitted_order(np.asarray(x), np.asarray(y)).slope
+    from matplotlib.ticker import NullFormatter
+
     ax.loglog(x, y, marker=MARKERS[index], linestyle=LINES[index], color=COLOURS[index], label=f"{label}: order {slope:.2f}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save_pixels(figure: Figure, path: Any) -> None:

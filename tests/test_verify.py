@@ -1,0 +1,135 @@
+"""The runner: verdicts on disk, resuming, users' problems, exit codes, and failures that say what was measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import ctrl
+from ctrl import cli
+from ctrl.schedule import Schedule
+from ctrl.theorems.verdict import Case, Theorem, Verdict
+from ctrl.verify import Settings, user_problem, verify
+
+KEYS = {"theorem", "problem", "check", "measured", "expected", "tolerance", "z", "holds", "reason", "seconds"}
+
+PROBLEM = """
+import ctrl
+mine = ctrl.Problem(ctrl.VP(0.1, 8.0), ctrl.Gaussian([0.5], [[0.4]]), ctrl.QuadraticReward([[1.0]], [-1.0]), kl_weight=0.7)
+def made():
+    return mine
+wrong = 3
+"""
+
+
+class Counted(Theorem):
+    """A theorem that counts its calls, for tests of the runner."""
+
+    statement = "1 = 1"
+
+    def __init__(self, name: str, interrupt: bool = False) -> None:
+        self.name, self.interrupt, self.calls = name, interrupt, 0
+
+    def checks(self, case: Case):
+        self.calls += 1
+        yield self.exact(case, 1.0, 1.0, 1e-12, "one is one")
+        if self.interrupt:
+            raise KeyboardInterrupt
+        yield self.planted(case, 2.0, 1.0, 1e-12, "two for one")
+        yield self.skipped(case, "nothing more to say")
+
+    def figure(self, case: Case):
+        from matplotlib.figure import Figure
+
+        return Figure()
+
+
+@pytest.fixture
+def problem_file(tmp_path):
+    path = tmp_path / "problems.py"
+    path.write_text(PROBLEM)
+    return path
+
+
+def test_verdicts_file(tmp_path, problem_file, capsys):
+    settings = Settings(quick=True, problem=f"{problem_file}:mine", out=tmp_path / "out")
+    rows = verify(settings, [Counted("first")])
+    stored = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    assert [set(row) for row in stored] == [KEYS] * 3
+    assert [row["holds"] for row in stored] == [True, True, None] == [row.holds for row in rows]
+    assert (tmp_path / "out" / "first.png").exists()
+    printed = capsys.readouterr().out
+    assert "caught" in printed and "2 of 2 verdicts hold" in printed and "probability at most" in printed
+
+
+def test_numbers_that_json_cannot_hold_become_none():
+    row = Verdict("t", "p", "exact", float("inf"), float("nan"), 1.0, None, False, "why")
+    record = row.record()
+    assert record["measured"] is None and record["expected"] is None and "inf" in record["reason"] and "nan" in record["reason"]
+    json.dumps(record, allow_nan=False)
+
+
+def test_resume_keeps_finished_parts(tmp_path, problem_file):
+    settings = dict(quick=True, problem=f"{problem_file}:mine", out=tmp_path / "out")
+    first, second = Counted("first"), Counted("second", interrupt=True)
+    with pytest.raises(KeyboardInterrupt):
+        verify(Settings(**settings), [first, second])
+    stored = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    assert [row["theorem"] for row in stored] == ["first"] * 3 + ["second"]
+    second.interrupt = False
+    rows = verify(Settings(**settings, resume=True), [first, second])
+    assert (first.calls, second.calls) == (1, 2)
+    assert [row.theorem for row in rows] == ["first"] * 3 + ["second"] * 3
+    with pytest.raises(ValueError, match=r"resume: expected an earlier run with the same seed"):
+        verify(Settings(**settings, resume=True, seed=5), [first, second])
+
+
+def test_user_problem(problem_file):
+    assert user_problem(f"{problem_file}:mine")[1].kl_weight == 0.7
+    assert user_problem(f"{problem_file}:made")[0] == "made"
+    for reference, message in ((f"{problem_file}:wrong", "to be a ctrl.Problem"), (f"{problem_file}:absent", "to be a ctrl.Problem"),
+                               ("nowhere.py:x", "existing file"), ("x", "FILE.py:NAME")):
+        with pytest.raises(ValueError, match=f"problem: expected.*{message}"):
+            user_problem(reference)
+    problem_file.write_text("1 / 0")
+    with pytest.raises(ValueError, match=r"problem: expected problems.py to run, got ZeroDivisionError"):
+        user_problem(f"{problem_file}:mine")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["verify", "--only", "girsanov"], "only: expected theorems among reversal, exploration"),
+    (["verify", "--out", "/dev/null/x"], "out: expected a writable folder"),
+    (["verify", "--problem", "absent.py:x"], "problem: expected an existing file"),
+    (["verify", "--seed", "-1"], "seed: expected an integer >= 0"),
+    (["verify", "--threads", "0"], "threads: expected an integer >= 1"),
+    (["verify", "--threads", "99999"], "threads: expected at most"),
+])
+def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_exit_codes_of_verdicts(tmp_path, problem_file, monkeypatch):
+    arguments = ["verify", "--quick", "--only", "path_kl", "--problem", f"{problem_file}:mine", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    right = Schedule.rates
+    monkeypatch.setattr(Schedule, "rates", lambda self, t, eta: (*right(self, t, eta)[:3], 0.3 * right(self, t, eta)[3]))
+    assert cli.main(arguments) == 1
+    stored = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    failed = [row for row in stored if row["holds"] is False]
+    assert failed and all("measured" in row["reason"] for row in failed if row["check"] == "exact")
+
+
+def test_version_and_module():
+    for command in ([sys.executable, "-m", "ctrl", "--version"],):
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert out.strip() == f"ctrl {ctrl.__version__}"
+
+
+def test_a_missing_extra_is_named():
+    assert "extra test" in cli.missing("torchsde") or "extra bench" in cli.missing("torchsde")
+    assert "extra images" in cli.missing("diffusers.models")
+    assert "pip install nonsense" in cli.missing("nonsense")
