@@ -22,7 +22,7 @@ FLOORS = {
 # Kernels hold the compiled word generator of noise.py: flat loops that import nothing of the library but one another.
 SHARED = {("noise", "kernels")}
 STRANGERS = [("exact", "rollout"), ("exact", "kernels"), ("rollout", "exact"), ("kernels", "exact"), ("estimators", "exact")]
-HEAVY = ("torch", "matplotlib", "pandas", "diffusers", "scipy.stats", "scipy.integrate", "sklearn", "numba", "hypothesis")
+HEAVY = ("torch", "matplotlib", "pandas", "diffusers", "scipy.stats", "scipy.integrate", "sklearn", "hypothesis")
 
 
 def imported(source):
