@@ -76,7 +76,8 @@ def component(x, mean, precision, constant, half, gap, pull, level):
     for lane in range(LANES):
         level[lane] = constant
     for a in range(dim):
-        multiply(precision[a], gap, pull[a])
+        fill(pull[a], half - half)
+        accumulate(precision[a], gap, pull[a])
         left, right = gap[a], pull[a]
         for lane in range(LANES):
             level[lane] -= half * left[lane] * right[lane]
@@ -96,37 +97,31 @@ def component_2(x0, x1, mean, precision, constant, half, pull0, pull1, level):
 @njit(error_model="numpy", fastmath=FAST)
 def score_rows(x, means, precisions, constants, half, gap, pull, level, top, out):
     """out (d, LANES) = score of one mixture at x (d, LANES); gap, pull, level, top are scratch."""
-    dim, count = x.shape[0], means.shape[0]
+    dim, count, zero, total = x.shape[0], means.shape[0], half - half, gap[0]
     for m in range(count):
         if dim == 2:
             component_2(x[0], x[1], means[m], precisions[m], constants[m], half, pull[2 * m], pull[2 * m + 1], level[m])
         else:
             component(x, means[m], precisions[m], constants[m], half, gap, pull[m * dim : (m + 1) * dim], level[m])
-        if m == 0:
-            copy(level[0], top)
-        else:
-            raise_to(level[m], top)
-    total = gap[0]
+    highest(level, top)
+    fill(total, zero)
     for m in range(count):
         exp_below(top, level[m])
-        if m == 0:
-            copy(level[0], total)
-        else:
-            add(level[m], total)
-    divide_negative(total)
+        axpy(half + half, level[m], total)
     for a in range(dim):
-        row = out[a]
-        product(level[0], pull[a], row)
-        for m in range(1, count):
-            add_product(level[m], pull[m * dim + a], row)
-        scale(total, row)
+        fill(out[a], zero)
+        for m in range(count):
+            add_product(level[m], pull[m * dim + a], out[a])
+        divide_negative(total, out[a])
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def multiply(coefficients, x, out):
-    """out = sum_b coefficients[b] x[b], four at a time; rows with a zero coefficient cost nothing."""
-    fill(out, coefficients[0] * coefficients.dtype.type(0))
-    accumulate(coefficients, x, out)
+def highest(rows, out):
+    """out = the largest of the rows, lane by lane."""
+    for m in range(rows.shape[0]):
+        row = rows[m]
+        for lane in range(LANES):
+            out[lane] = row[lane] if m == 0 or row[lane] > out[lane] else out[lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -164,42 +159,12 @@ def fill(out, value):
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def copy(x, out):
-    for lane in range(LANES):
-        out[lane] = x[lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def add(x, out):
-    for lane in range(LANES):
-        out[lane] += x[lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def raise_to(x, out):
-    for lane in range(LANES):
-        out[lane] = x[lane] if x[lane] > out[lane] else out[lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def product(x, y, out):
-    for lane in range(LANES):
-        out[lane] = x[lane] * y[lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
 def add_product(x, y, out):
     for lane in range(LANES):
         out[lane] += x[lane] * y[lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def divide_negative(out):
+def divide_negative(x, out):
     for lane in range(LANES):
-        out[lane] = -1 / out[lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def scale(x, out):
-    for lane in range(LANES):
-        out[lane] *= x[lane]
+        out[lane] = -out[lane] / x[lane]
