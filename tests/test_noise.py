@@ -1,7 +1,7 @@
 """Noise: known answers, an independent NumPy specification, invariances, quadrature, and statistical quality.
 
-Statistical tests have a false-alarm rate of 1e-6 each (Z = 4.9 two-sided) and say the smallest error that they catch with
-probability 0.999 (8 standard errors); each rejects a planted error of the kind it is for.
+Statistical tests have a false-alarm rate of 1e-6 each (shared among their statistics) and say the smallest error that they
+catch with probability 0.99 (8 standard errors); each rejects a planted error of the kind it is for.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def correlations_z(x):
 
 
 def test_no_correlation():
-    """18 correlations; each catches .008 (8 standard errors of at most 1/sqrt(2^19))."""
+    """18 correlations; each catches .008 to .011 (8 standard errors of 1/sqrt(2^20) to 1/sqrt(2^19))."""
     x = Noise(12, COUNT // 32).steps(8, 4)
     bound = stats.norm.isf(0.5e-6 / 18)
     assert np.max(np.abs(correlations_z(x))) < bound
