@@ -213,10 +213,12 @@ class AdvantageRate(Theorem):
         yield self._one_step(at)
 
     def _one_step(self, at: Solved) -> Verdict:
-        """Q at one state and one action: next states drawn, V_{i+1} averaged."""
+        """Q at the state and action, of a few, where it is furthest from V: next states drawn, V_{i+1} averaged."""
         case, i, c = at.case, at.case.grid.steps // 2, at.case.problem.coefficients(at.case.grid)
-        x = random_states(case, i)[:1]
+        x = random_states(case, i)
         a = tried(case, at.policy, i, x)
+        furthest = [int(np.argmax(np.abs(at.value.action_value(i, x, a) - at.value(i, x))))]
+        x, a = x[furthest], a[furthest]
         xi = case.noise("one step", max(case.paths // 10, 5000)).start(case.problem.dim)
         y = x + c.dt[i] * (-c.f[i] * x + c.h[i] * a) + c.noise[i] * xi
         cost = case.problem.kl_weight * c.kappa[i] * c.dt[i] * float(np.sum((a - case.problem.score(float(case.grid.times[i]), x)) ** 2))
