@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -156,11 +156,18 @@ def _checked(problem: Problem, policy: Policy) -> _Flow:
     if problem.entropy_weight > 0 and policy.exploration is None:
         raise ValueError("entropy_weight: expected a policy with exploration (mean actions have no entropy), got "
                          "exploration=None")
-    flow = _Flow(problem, policy)
+    flow = _flow(problem, policy)
     _ = flow.reward  # a reward that is not quadratic is refused here, not in the middle
     return flow
 
 
+@lru_cache(maxsize=8)
+def _flow(problem: Problem, policy: ContinuousPolicy) -> _Flow:
+    """Cached by identity, so that a law asked for at many times is integrated once."""
+    return _Flow(problem, policy)
+
+
+@lru_cache(maxsize=8)
 def _pretrained(problem: Problem) -> _Flow:
     return _Flow(problem, BasisPolicy.shift(problem, np.zeros(problem.dim)))
 
@@ -285,8 +292,11 @@ class LimitOptimum:
 
     problem: Problem
     objective: float
-    penalty: float
     policy: BasisPolicy
+
+    @cached_property
+    def penalty(self) -> float:
+        return evaluate(self.problem, self.policy).mean_penalty
 
     @property
     def path_kl(self) -> float:
@@ -326,7 +336,7 @@ def optimum(problem: Problem) -> LimitOptimum:
     (w, S), law = flow.split(y0), problem.start_law
     assert isinstance(law, Gaussian)
     objective = float(-0.5 * (law.mean @ S @ law.mean + np.sum(S * law.cov)) + w @ law.mean + y0[-1])
-    return LimitOptimum(problem, objective, evaluate(problem, policy).mean_penalty, policy)
+    return LimitOptimum(problem, objective, policy)
 
 
 class MarginalKLRate(NamedTuple):

@@ -29,13 +29,14 @@ from ctrl.problem import Problem
 from ctrl.schedule import Coefficients, TimeGrid
 
 WIDTH = 11.0  # half-width of a lattice, in standard deviations of the chain
-TRUSTED = 7.5  # V is right to 1e-10 inside this many: conditioned on 7.5, the edge at 11 is 8 deviations away
-REACH = 12.0  # half-width of the kernel, in standard deviations of one step
+TRUSTED = 7.5  # V is asked for inside this many: given a state at 7.5, the edge at 11 is 8 deviations away
+REACH = 9.5  # half-width of the kernel, in standard deviations of one step: exp(-45) is beyond
 FAR_REACH = 38.0  # ... in log space, where exp(-38^2/2) is the smallest normal number
 RESOLUTION = 1.5  # spacings per standard deviation of one step, at least
 FEWEST, MOST = 1001, 16001  # points of a lattice, when chosen here
 MOST_TRANSPORTED = 64001
 EDGE_DENSITY = 1e-20  # of the peak
+ALIASING = 1e-6  # what half of the nodes may miss, so that all of them miss about 1e-12
 BLOCKS = 16  # of sources in the forward kernel: fixed, so that sums do not depend on the number of threads
 
 
@@ -249,7 +250,7 @@ class _Lattice(NamedTuple):
         off = np.abs(x - middle)
         if np.any(off > room):
             raise ValueError(f"x: expected states in [{middle - room:.4g}, {middle + room:.4g}] at step {i} "
-                             f"({TRUSTED:g} standard deviations of the chain), got {x[np.argmax(off)]:.4g}")
+                             f"(the chain's tails, with room for what follows), got {x[np.argmax(off)]:.4g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +262,7 @@ class _Solution:
     density: Array  # (N + 1, n)
     centre: Array  # (N, n)
     gap: Array  # (N, n), mu - s
+    aliasing: float  # largest change of a density when every other node is dropped; with all nodes about its square
 
     def mass(self, i: int) -> Array:
         return self.density[i] * self.lattice.dx[i]
@@ -304,14 +306,17 @@ def _needed(chain: _Chain, low: Array, high: Array) -> int:
 def _propagated(chain: _Chain, lattice: _Lattice, reach: float = REACH) -> _Solution:
     steps, n = chain.grid.steps, lattice.n
     density, centre, gap = np.empty((steps + 1, n)), np.empty((steps, n)), np.empty((steps, n))
+    aliasing = 0.0
     density[0] = _start_density(chain.problem, lattice.nodes(0))
     for i in range(steps):
-        x = lattice.nodes(i)
+        x, mass = lattice.nodes(i), density[i] * lattice.dx[i]
         a = chain.action(i, x)
         centre[i], gap[i] = chain.moved(i, x, a), a - chain.score(i, x)
-        mass = density[i] * lattice.dx[i]
-        density[i + 1] = _spread(mass, centre[i], chain.s[i], lattice.low[i + 1], lattice.dx[i + 1], n, reach)
-    return _Solution(chain, lattice, density, centre, gap)
+        s, low, dx = chain.s[i], lattice.low[i + 1], lattice.dx[i + 1]
+        even, odd = (_spread(mass[j::2], centre[i, j::2], s, low, dx, n, reach) for j in (0, 1))
+        density[i + 1] = even + odd
+        aliasing = max(aliasing, dx * float(np.sum(np.abs(even - odd))))
+    return _Solution(chain, lattice, density, centre, gap, aliasing)
 
 
 def _contained(solution: _Solution) -> bool:
@@ -319,13 +324,6 @@ def _contained(solution: _Solution) -> bool:
     p, dx = solution.density, solution.lattice.dx
     lost = np.abs(p.sum(axis=1) * dx - 1)
     return bool(np.all(lost < 1e-11) and np.all(np.maximum(p[:, 0], p[:, -1]) < EDGE_DENSITY * np.max(p, axis=1)))
-
-
-def _steepness(solution: _Solution) -> float:
-    """Factor by which spacings are too wide for the images of neighbouring nodes, where there is any density."""
-    p, s = solution.density[:-1], solution.chain.s
-    apart = np.abs(np.diff(solution.centre, axis=1)) * (p[:, 1:] > 1e-13 * np.max(p, axis=1, keepdims=True))
-    return float(np.max(RESOLUTION * apart / s[:, None]))
 
 
 def _roughness(solution: _Solution) -> float:
@@ -338,8 +336,8 @@ def _roughness(solution: _Solution) -> float:
 def _refuse(chain: _Chain, need: int, points: int | None) -> None:
     smallest = np.min(chain.s)
     if points is not None:
-        raise ValueError(f"points: expected at least {need} (each step's noise, {smallest:.3g} at its smallest, must "
-                         f"be {RESOLUTION:g} spacings wide), got {points}")
+        raise ValueError(f"points: expected at least {need} (to resolve each step's noise, {smallest:.3g} at its "
+                         f"smallest, and the policy's turns), got {points}")
     raise ValueError(f"grid: expected steps that at most {MOST} points resolve, got {chain.grid.steps} steps with "
                      f"noise down to {smallest:.3g}, which need {need} (use fewer or longer steps, or give points)")
 
@@ -361,9 +359,9 @@ def _solve(chain: _Chain, points: int | None, hull: tuple[Array, Array] | None =
                                      f"near the edge at {width:.3g} standard deviations")
                 width *= 1.25
                 continue
-            if (steep := _steepness(solution)) <= 1:
+            if solution.aliasing < (ALIASING if points is None else 20 * ALIASING):
                 return solution
-            need = math.ceil(n * steep)
+            need = 2 * n - 1  # a score that turns sharply, between components, asks for more than the noise does
         if points is not None or need > MOST:
             _refuse(chain, need, points)
         n = need + (need + 1) % 2
@@ -395,8 +393,16 @@ def _pretrained(chain: _Chain) -> _Chain:
 
 
 def _with_room(chain: _Chain, points: int | None) -> _Solution:
-    """Solved on a lattice that also covers the pre-trained chain, where values are often asked for."""
-    return _smooth(_solve(chain, points, hull=_pretrained(chain).edges(WIDTH)), points)
+    """Solved on a lattice that also covers the pre-trained chain, and can be trusted within 6 standard deviations."""
+    solution = _solve(chain, points, hull=_pretrained(chain).edges(WIDTH))
+    lattice, p = solution.lattice, solution.density * solution.lattice.dx[:, None]
+    x = np.stack([lattice.nodes(i) for i in range(chain.grid.steps + 1)])
+    mean = np.sum(p * x, axis=1)
+    half = 6 * WIDTH / TRUSTED * np.sqrt(np.sum(p * (x - mean[:, None]) ** 2, axis=1))  # of several modes, too
+    low, high = np.minimum(x[:, 0], mean - half), np.maximum(x[:, -1], mean + half)
+    if np.any(low < x[:, 0]) or np.any(high > x[:, -1]):
+        solution = _solve(chain, points, hull=(low, high))
+    return _smooth(solution, points)
 
 
 # ---- public verbs ----------------------------------------------------------------------------------------------------
@@ -434,8 +440,8 @@ def value(problem: Problem, policy: Policy, grid: TimeGrid, points: int | None =
         V_i(x) = -lambda kappa_i D_i |mu - s|^2 + e^{-rho D_i} int N(y; m_i(x), s_i^2) V_{i+1}(y) dy,    V_N = r
         V_i'(x) = -d cost/dx + e^{-rho D_i} m_i'(x) E[V_{i+1}(X_{i+1}) xi]/s_i                            (Stein)
 
-    (+ gamma D H - lambda kappa D tr Sigma for sampled actions.) Good to 1e-10 within 7.5 standard deviations of the
-    policy's chain; further out a ValueError says so. Without noise V follows the path from x, and V' its adjoint.
+    (+ gamma D H - lambda kappa D tr Sigma for sampled actions.) Good to 1e-10 within 6 standard deviations of the
+    policy's chain; well beyond them a ValueError says so. Without noise V follows the path from x, and V' its adjoint.
     Source: theory.md, section 5.   Checked: tests/test_quadrature.py::test_value_against_dense_recursion
     """
     chain = _checked(problem, policy, grid)
@@ -582,7 +588,7 @@ def _log_pretrained(solution: _Solution, keep: Array) -> Array:
     likely = x[p > 1e-13 * np.max(p)]
     # how many deviations of the pre-trained chain the policy's law reaches: paths that end there need that much room
     z = WIDTH * float(np.max(np.abs(2 * likely - low[-1] - high[-1]))) / (high[-1] - low[-1])
-    reach = math.hypot(REACH, z)
+    reach = math.hypot(12.0, z)
     hull = (lattice.low, lattice.low + lattice.dx * (lattice.n - 1))
     pre = _solve(chain, None, hull, max(WIDTH, math.hypot(7.0, z)), reach)
     q = _spread(pre.mass(steps - 1), pre.centre[steps - 1], chain.s[steps - 1], lattice.low[steps], lattice.dx[steps],
