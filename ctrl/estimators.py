@@ -405,15 +405,18 @@ class ActionNoise(Estimator):
 
     reward_to_go: bool = False
 
+    def returns(self, run: Run) -> Array:
+        """What multiplies the action's score, (n, N)."""
+        from_here = np.cumsum(run.cost[:, ::-1], axis=1)[:, ::-1]
+        return run.reward[:, None] - (from_here if self.reward_to_go else from_here[:, :1])
+
     def cotangents(self, run: Run) -> Array:
         factor = run.policy.exploration_factor(run.grid)
         if factor is None:
             raise ValueError("policy: expected a policy with exploration (sampled actions), got exploration=None")
         z = run.noise.actions(run.grid.steps, run.problem.dim)
-        score = np.einsum("kji,nkj->nki", np.linalg.inv(factor), z)
-        from_here = np.cumsum(run.cost[:, ::-1], axis=1)[:, ::-1]
-        returns = run.reward[:, None] - (from_here if self.reward_to_go else from_here[:, :1])
-        return returns[:, :, None] * score
+        # a - mu = L z, so Sigma^{-1} (a - mu) = L'^{-1} z.
+        return self.returns(run)[:, :, None] * np.einsum("kji,nkj->nki", np.linalg.inv(factor), z)
 
 
 @dataclass(frozen=True, eq=False)

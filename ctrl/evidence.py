@@ -38,7 +38,7 @@ class MeanTest:
 
     @property
     def holds(self) -> bool:
-        return abs(self.z) <= self.threshold
+        return bool(abs(self.z) <= self.threshold)
 
 
 def mean_test(samples: Array, expected: Array | float, *, false_alarm: float = FALSE_ALARM,

@@ -110,10 +110,15 @@ class Problem:
             raise ValueError("eta: expected eta > 0 for a path KL or a score-function form (it is infinite or undefined "
                              "at eta = 0; use the penalty), got 0")
 
-    def check_policy(self, policy: Policy, grid: TimeGrid) -> None:
-        """What every solver and simulator checks first: dimensions, entropy, and a warning for an unstable grid."""
+    def check_types(self, policy: Policy, grid: TimeGrid) -> None:
+        """ValueError unless these are a policy and a grid within the horizon."""
         if not isinstance(policy, Policy):
             raise ValueError(f"policy: expected a policy of this library, got {type(policy).__name__}")
+        self.coefficients(grid)
+
+    def check_policy(self, policy: Policy, grid: TimeGrid) -> None:
+        """What every solver and simulator checks first: dimensions, entropy, and a warning for an unstable grid."""
+        self.check_types(policy, grid)
         c = self.coefficients(grid)
         dim = policy.state_dim if isinstance(policy, CallablePolicy) else policy.dim
         if dim not in (None, self.dim):

@@ -91,12 +91,6 @@ def test_contract_example():
         assert isinstance(factory(), ctrl.Problem)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="no mean-shift optimum by quadrature yet")
-def test_contract_optimum_by_quadrature():
-    problem = ctrl.zoo.mixture_bump_1d()
-    assert ctrl.exact.quadrature.optimum(problem, problem.grid(50)).objective == pytest.approx(0.621976, abs=5e-7)
-
-
 def test_the_contract_s_refusals():
     problem = replace(make(), eta=0.0)
     grid = problem.grid(4)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import ctrl
@@ -133,3 +134,10 @@ def test_a_missing_extra_is_named():
     assert "extra test" in cli.missing("torchsde") or "extra bench" in cli.missing("torchsde")
     assert "extra images" in cli.missing("diffusers.models")
     assert "pip install nonsense" in cli.missing("nonsense")
+
+
+def test_a_verdict_is_a_plain_bool():
+    """NumPy's False is not False, and would pass for a verdict that holds."""
+    row = Verdict("t", "p", "exact", np.float32(1), None, None, None, np.bool_(False), "why")
+    assert row.holds is False and type(row.measured) is float
+    json.dumps(row.record())

@@ -24,6 +24,7 @@ from ctrl.schedule import TimeGrid
 
 
 def _method(problem: Problem, policy: Policy, grid: TimeGrid) -> ModuleType:
+    problem.check_types(policy, grid)
     if chain.applies(problem, policy, grid):
         return chain
     if problem.dim == 1:

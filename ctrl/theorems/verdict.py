@@ -43,6 +43,13 @@ class Verdict:
     reason: str
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        # NumPy's False is not False: a verdict is a plain bool, its numbers plain floats.
+        object.__setattr__(self, "holds", None if self.holds is None else bool(self.holds))
+        for name in ("measured", "expected", "tolerance", "z"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+
     def record(self) -> dict[str, Any]:
         """For JSON: infinite and NaN numbers become None with the fact told in the reason."""
         row = dict(vars(self))
