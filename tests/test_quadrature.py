@@ -6,6 +6,8 @@ import numba
 import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
+from scipy.optimize import brentq
+from scipy.special import ndtr
 
 from ctrl.exact import quadrature
 from ctrl.laws import Gaussian, GaussianMixture
@@ -333,6 +335,34 @@ def test_transport_terminal_kl_of_a_shifted_end():
     assert pre.terminal_kl == pytest.approx(0, abs=1e-13)
 
 
+def test_transport_of_a_steep_flow():
+    """Narrow, distant components at eta = 0: panels find the watershed, so that J has a derivative and jumps cost nothing."""
+    steep = GaussianMixture([0.5, 0.5], [[-1.2], [1.2]], [[[0.03]], [[0.03]]])
+    problem = Problem(VP(0.1, 20.0), steep, BumpReward([-2.0], 0.5), 0.2, eta=0.0)
+    policy, grid = cosine(problem), problem.grid(100)
+
+    def J(h):
+        return quadrature.evaluate(problem, policy.with_theta(policy.theta + h), grid).objective
+
+    truth = quadrature.evaluate(problem, policy, grid)
+    assert truth.gradient.theta[0] == pytest.approx(richardson(J, 0.005), abs=1e-9)
+    # mass to the left of the watershed, by the jump and by the start law's own distribution function
+    jump = replace(problem, reward=CallableReward(lambda x: (x[:, 0] < 0) * 1.0, lambda x: 0 * x))
+    left = quadrature.evaluate(jump, policy, grid)
+    place = brentq(lambda z: float(flow_of(problem, policy, grid, z)), -1, 1, xtol=1e-14)
+    assert left.expected_reward == pytest.approx(ndtr(place), abs=1e-12)
+    with pytest.warns(RuntimeWarning, match="misses what the jump adds"):
+        assert left.gradient.theta[0] != 0  # the penalty's part only
+
+
+def flow_of(problem, policy, grid, z):
+    """X_N from X_0 = z without noise."""
+    c, x = problem.coefficients(grid), np.array([[z]])
+    for i in range(grid.steps):
+        x = x + c.dt[i] * (-c.f[i] * x + c.h[i] * policy.mean(grid, i, x))
+    return x[0, 0]
+
+
 def test_doob():
     problem = bump()
     grid = problem.grid(50)
@@ -373,16 +403,17 @@ def test_linear_reward_reads_the_mean():
     assert truth.expected_reward == pytest.approx(2 * truth.terminal.mean[0], abs=1e-13)
 
 
-def test_threads_do_not_matter():
+def test_threads_do_not_matter(monkeypatch):
+    """Bit for bit: one thread, all threads, and the plain loops that small work takes."""
     problem, policy = everything()
-    before = numba.get_num_threads()
-    answers = []
-    for threads in {1, before}:
+    before, answers = numba.get_num_threads(), []
+    for large, threads in ((np.inf, 1), (0, 1), (0, before)):
+        monkeypatch.setattr(quadrature, "LARGE", large)
         numba.set_num_threads(threads)
         truth = quadrature.evaluate(problem, policy, UNEVEN)
         answers.append((truth.objective, *truth.gradient.theta, *truth.terminal.density))
     numba.set_num_threads(before)
-    assert answers[0] == answers[-1]
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_errors_name_their_argument():

@@ -34,9 +34,13 @@ REACH = 9.5  # half-width of the kernel, in standard deviations of one step: exp
 FAR_REACH = 38.0  # ... in log space, where exp(-38^2/2) is the smallest normal number
 RESOLUTION = 1.5  # spacings per standard deviation of one step, at least
 FEWEST, MOST = 1001, 16001  # points of a lattice, when chosen here
-MOST_TRANSPORTED = 64001
+ORDER, FIRST_PANELS = 16, 32  # Gauss-Legendre panels of start points, without noise
+PANEL_CHANGE, RELATIVE_CHANGE = 1e-14, 1e-10  # of what a panel adds, and of that per its own mass, when it is halved
+NARROWEST = 1e-11  # a panel that still changes at this width holds a jump, or a flow too steep for rounding
+MOST_TRANSPORTED = 100_000
 EDGE_DENSITY = 1e-20  # of the peak
 ALIASING = 1e-6  # what half of the nodes may miss, so that all of them miss about 1e-12
+LARGE = 4_000_000  # weights: below, waking other threads costs more than it saves
 BLOCKS = 16  # of sources in the forward kernel: fixed, so that sums do not depend on the number of threads
 
 
@@ -50,100 +54,118 @@ def _table(reach: float, ratio: float) -> Array:
 
 def _expect(centre: Array, s: float, low: float, dx: float, values: Array) -> tuple[Array, Array]:
     """E[V(m + s xi)] and E[V(m + s xi) xi] for every centre m, V given on low + dx (0, 1, ...)."""
-    plain, slope = np.zeros(centre.size), np.zeros(centre.size)
-    _gather(centre, low, dx, dx / s, _table(REACH, dx / s), values, plain, slope)
-    return plain, slope
+    table, out = _table(REACH, dx / s), np.empty((centre.size, 2))
+    loop = _gather_parallel if centre.size * min(table.size, values.size) > LARGE else _gather
+    loop((centre - low) / dx, dx / s, table, values, out)
+    return out[:, 0], out[:, 1]
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
-def _gather(centre: Array, low: float, dx: float, ratio: float, table: Array, values: Array, plain: Array, slope: Array
-            ) -> None:
-    r"""With y_k = y_c + k dx, y_c the node nearest to m, frac = (m - y_c)/dx and ratio = dx/s, the weight splits into
+@njit(cache=True, error_model="numpy")
+def _gather_row(place: float, ratio: float, table: Array, values: Array) -> tuple[float, float]:
+    r"""With c the node nearest to m, frac = (m - y_c)/dx and ratio = dx/s, the weight of node c + k splits into
 
         exp(-xi^2/2) = exp(-(frac ratio)^2/2) T_k rho^k,     T_k = exp(-(k ratio)^2/2), a table,     rho = exp(frac ratio^2)
     """
     n = values.size
-    for j in prange(centre.size):
-        place = (centre[j] - low) / dx
-        if place > -0.5 and place < n - 0.5:
-            c = math.floor(place + 0.5)
-            frac = place - c
-            rho = math.exp(frac * ratio * ratio)
-            total, moment = values[c], -frac * values[c]
-            power = 1.0
-            for k in range(1, min(table.size, n - c)):
-                power *= rho
-                term = table[k] * power * values[c + k]
-                total += term
-                moment += (k - frac) * term
-            rho, power = 1.0 / rho, 1.0
-            for k in range(1, min(table.size, c + 1)):
-                power *= rho
-                term = table[k] * power * values[c - k]
-                total += term
-                moment -= (k + frac) * term
-            scale = ratio / math.sqrt(2 * math.pi) * math.exp(-0.5 * (frac * ratio) ** 2)
-            plain[j] = scale * total
-            slope[j] = scale * ratio * moment
+    if not (place > -0.5 and place < n - 0.5):
+        return 0.0, 0.0
+    c = math.floor(place + 0.5)
+    frac = place - c
+    rho = math.exp(frac * ratio * ratio)
+    total, moment = values[c], -frac * values[c]
+    power = 1.0
+    for k in range(1, min(table.size, n - c)):
+        power *= rho
+        term = table[k] * power * values[c + k]
+        total += term
+        moment += (k - frac) * term
+    rho, power = 1.0 / rho, 1.0
+    for k in range(1, min(table.size, c + 1)):
+        power *= rho
+        term = table[k] * power * values[c - k]
+        total += term
+        moment -= (k + frac) * term
+    scale = ratio / math.sqrt(2 * math.pi) * math.exp(-0.5 * (frac * ratio) ** 2)
+    return scale * total, scale * ratio * moment
+
+
+@njit(cache=True, error_model="numpy")
+def _gather(place: Array, ratio: float, table: Array, values: Array, out: Array) -> None:
+    for j in range(place.size):
+        out[j, 0], out[j, 1] = _gather_row(place[j], ratio, table, values)
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _gather_parallel(place: Array, ratio: float, table: Array, values: Array, out: Array) -> None:
+    for j in prange(place.size):
+        out[j, 0], out[j, 1] = _gather_row(place[j], ratio, table, values)
 
 
 def _spread(mass: Array, centre: Array, s: float, low: float, dx: float, n: int, reach: float) -> Array:
     """Density sum_j mass_j N(y; centre_j, s^2) at y = low + dx (0, ..., n - 1): the transpose of `_expect`."""
-    parts = np.zeros((BLOCKS, n))
-    _scatter(mass / (s * math.sqrt(2 * math.pi)), centre, low, dx, dx / s, _table(reach, dx / s), parts)
+    table, parts = _table(reach, dx / s), np.zeros((BLOCKS, n))
+    loop = _scatter_parallel if centre.size * min(table.size, n) > LARGE else _scatter
+    loop(mass / (s * math.sqrt(2 * math.pi)), (centre - low) / dx, dx / s, table, parts)
     return parts.sum(axis=0)
 
 
+@njit(cache=True, error_model="numpy")
+def _scatter_rows(first: int, last: int, mass: Array, place: Array, ratio: float, table: Array, out: Array) -> None:
+    """out += the weights of `_gather_row`, times mass, for the sources first ... last - 1."""
+    n = out.size
+    for j in range(first, last):
+        if mass[j] > 0 and place[j] > -0.5 and place[j] < n - 0.5:
+            c = math.floor(place[j] + 0.5)
+            frac = place[j] - c
+            rho = math.exp(frac * ratio * ratio)
+            weight = mass[j] * math.exp(-0.5 * (frac * ratio) ** 2)
+            out[c] += weight
+            power = weight
+            for k in range(1, min(table.size, n - c)):
+                power *= rho
+                out[c + k] += table[k] * power
+            rho, power = 1.0 / rho, weight
+            for k in range(1, min(table.size, c + 1)):
+                power *= rho
+                out[c - k] += table[k] * power
+
+
+@njit(cache=True, error_model="numpy")
+def _scatter(mass: Array, place: Array, ratio: float, table: Array, parts: Array) -> None:
+    for b in range(BLOCKS):
+        _scatter_rows(b * mass.size // BLOCKS, (b + 1) * mass.size // BLOCKS, mass, place, ratio, table, parts[b])
+
+
 @njit(cache=True, parallel=True, error_model="numpy")
-def _scatter(mass: Array, centre: Array, low: float, dx: float, ratio: float, table: Array, parts: Array) -> None:
-    """The weights of `_gather`; each block of sources adds into its own row of parts (BLOCKS, n)."""
-    n = parts.shape[1]
+def _scatter_parallel(mass: Array, place: Array, ratio: float, table: Array, parts: Array) -> None:
     for b in prange(BLOCKS):
-        for j in range(b * mass.size // BLOCKS, (b + 1) * mass.size // BLOCKS):
-            place = (centre[j] - low) / dx
-            if mass[j] > 0 and place > -0.5 and place < n - 0.5:
-                c = math.floor(place + 0.5)
-                frac = place - c
-                rho = math.exp(frac * ratio * ratio)
-                weight = mass[j] * math.exp(-0.5 * (frac * ratio) ** 2)
-                parts[b, c] += weight
-                power = weight
-                for k in range(1, min(table.size, n - c)):
-                    power *= rho
-                    parts[b, c + k] += table[k] * power
-                rho, power = 1.0 / rho, weight
-                for k in range(1, min(table.size, c + 1)):
-                    power *= rho
-                    parts[b, c - k] += table[k] * power
+        _scatter_rows(b * mass.size // BLOCKS, (b + 1) * mass.size // BLOCKS, mass, place, ratio, table, parts[b])
 
 
 def _log_expect(centre: Array, s: float, low: float, dx: float, log_phi: Array, carried: Array) -> tuple[Array, Array]:
     """log E[phi(m + s xi)] and E[phi R] / E[phi] for every centre m, log phi and R given on a lattice."""
-    out, mean = np.full(centre.size, -np.inf), np.zeros(centre.size)
-    _log_gather(centre, low, dx, dx / s, log_phi, carried, out, mean)
-    return out, mean
+    out = np.empty((centre.size, 2))
+    _log_gather((centre - low) / dx, dx / s, log_phi, carried, out)
+    return out[:, 0] + math.log(dx / s / math.sqrt(2 * math.pi)), out[:, 1]
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _log_gather(centre: Array, low: float, dx: float, ratio: float, log_phi: Array, carried: Array, out: Array,
-                mean: Array) -> None:
+def _log_gather(place: Array, ratio: float, log_phi: Array, carried: Array, out: Array) -> None:
     n, reach = log_phi.size, FAR_REACH / ratio
-    log_scale = math.log(ratio / math.sqrt(2 * math.pi))
-    for j in prange(centre.size):
-        place = (centre[j] - low) / dx
-        first = math.ceil(max(0.0, min(place - reach, float(n))))
-        last = math.floor(min(n - 1.0, max(place + reach, -1.0)))
+    for j in prange(place.size):
+        first = math.ceil(max(0.0, min(place[j] - reach, float(n))))
+        last = math.floor(min(n - 1.0, max(place[j] + reach, -1.0)))
         top = -np.inf
         for k in range(first, last + 1):
-            top = max(top, log_phi[k] - 0.5 * ((k - place) * ratio) ** 2)
+            top = max(top, log_phi[k] - 0.5 * ((k - place[j]) * ratio) ** 2)
+        out[j, 0], out[j, 1] = -np.inf, 0.0
         if top > -np.inf:
             total, moment = 0.0, 0.0
             for k in range(first, last + 1):
-                weight = math.exp(log_phi[k] - 0.5 * ((k - place) * ratio) ** 2 - top)
+                weight = math.exp(log_phi[k] - 0.5 * ((k - place[j]) * ratio) ** 2 - top)
                 total += weight
                 moment += weight * carried[k]
-            out[j] = top + math.log(total) + log_scale
-            mean[j] = moment / total
+            out[j, 0], out[j, 1] = top + math.log(total), moment / total
 
 
 # ---- the chain, one step at a time -----------------------------------------------------------------------------------
@@ -419,7 +441,8 @@ def evaluate(problem: Problem, policy: Policy, grid: TimeGrid, points: int | Non
     points : nodes of the lattice; chosen when None (at most 16001)      terminal.points, terminal.density : (n,)
     Assumes a reward that is smooth on the lattice (else a RuntimeWarning says how far off) and a density with Gaussian
     tails. Error: below 1e-10 relative, from truncation and aliasing; none from the step size, the chain is the object.
-    Without noise (eta = 0, mean actions) start points are transported; the density follows by change of variables.
+    Without noise (eta = 0, mean actions) start points are transported, on panels that are halved until nothing changes
+    (so that jumps do no harm); the density follows by change of variables.
     Source: theory.md, sections 1 and 7.   Checked: tests/test_quadrature.py::test_reference_numbers
     """
     chain = _checked(problem, policy, grid)
@@ -678,44 +701,70 @@ def _adjoint(chain: _Chain, paths: _Paths, visit: Callable[[int, Array, Array], 
     return p
 
 
-def _expectations(chain: _Chain, paths: _Paths) -> tuple[Array, Array]:
-    """Masses of uniform start points, and the expectations that must stand still under refinement: r, x, x^2, gap^2."""
-    x, end = paths.states[0], paths.states[-1]
-    mass = _start_density(chain.problem, x) * (x[-1] - x[0]) / (x.size - 1)
-    moments = np.array([mass @ chain.problem.reward.value(end[:, None]), mass @ end, mass @ end**2])
-    return mass, np.concatenate([moments, paths.gap**2 @ mass])
+class _Panels(NamedTuple):
+    """Gauss-Legendre panels of start points: their paths, masses, and what each panel (columns) adds to E r, x, x^2, gap^2."""
+
+    states: Array
+    gap: Array
+    mass: Array
+    sums: Array
+    jump: bool = False
 
 
-def _refined(chain: _Chain, paths: _Paths) -> _Paths:
-    """The same paths with new ones halfway between their starts."""
-    x = paths.states[0]
-    new = _paths(chain, 0, 0.5 * (x[1:] + x[:-1]))
-    both = _Paths(0, *(np.empty((len(old), 2 * x.size - 1)) for old in paths[1:]))
-    for merged, old, middle in zip(both[1:], paths[1:], new[1:], strict=True):
-        merged[:, ::2], merged[:, 1::2] = old, middle
-    return both
+def _panels(chain: _Chain, left: Array, width: Array) -> _Panels:
+    node, weight = np.polynomial.legendre.leggauss(ORDER)
+    paths = _paths(chain, 0, (left[:, None] + 0.5 * width[:, None] * (node + 1)).ravel())
+    start, end = paths.states[0], paths.states[-1]
+    mass = _start_density(chain.problem, start) * (0.5 * width[:, None] * weight).ravel()
+    terms = np.stack([chain.problem.reward.value(end[:, None]), end, end**2, *paths.gap**2]) * mass
+    return _Panels(paths.states, paths.gap, mass, terms.reshape(len(terms), -1, ORDER).sum(axis=2))
+
+
+def _start_panels(chain: _Chain, points: int | None) -> _Panels:
+    """Panels halved until nothing changes, so that steep stretches of the flow get as many as they need."""
+    centres, sd = _components(chain.problem.start_law)
+    count = FIRST_PANELS if points is None else -(-check.integer("points", points, at_least=3) // ORDER)
+    edges = np.linspace(np.min(centres - WIDTH * sd), np.max(centres + WIDTH * sd), count + 1)
+    left, width = edges[:-1], np.diff(edges)
+    coarse = _panels(chain, left, width)
+    if points is not None:
+        return coarse
+    done, total, nodes, jump = [], np.zeros(len(coarse.sums)), 0, False
+    while left.size:
+        left, width = np.stack([left, left + 0.5 * width], axis=1).ravel(), np.repeat(0.5 * width, 2)
+        fine = _panels(chain, left, width)
+        scale = np.maximum(1.0, np.abs(total + coarse.sums.sum(axis=1)))[:, None]
+        change = np.max(np.abs(fine.sums[:, ::2] + fine.sums[:, 1::2] - coarse.sums) / scale, axis=0)
+        # what is steep must be resolved however little it weighs: the gradient multiplies it by the slope
+        relative = change / np.maximum(fine.mass.reshape(-1, 2 * ORDER).sum(axis=1), 1e-300)
+        wide = width[::2] > NARROWEST
+        jump = jump or bool(np.any(~wide & (relative > 1e-6)))
+        halve = (change > PANEL_CHANGE) | (wide & (relative > RELATIVE_CHANGE))
+        open_ = np.repeat(halve, 2)
+        if nodes + fine.mass.size > MOST_TRANSPORTED and np.any(open_):
+            warnings.warn(f"policy: the flow is too rough for {nodes + fine.mass.size} start points; expectations are off by "
+                          f"up to {change.sum():.1g}", RuntimeWarning, stacklevel=4)
+            open_[:] = False
+        done.append(_only(fine, ~open_))
+        total, nodes = total + done[-1].sums.sum(axis=1), nodes + done[-1].mass.size
+        left, width, coarse = left[open_], width[open_], _only(fine, open_)
+    order = np.argsort(np.concatenate([panels.states[0] for panels in done]))
+    states, gap, mass = (np.concatenate(parts, axis=-1)[..., order] for parts in list(zip(*done, strict=True))[:3])
+    return _Panels(states, gap, mass, total[:, None], jump)
+
+
+def _only(panels: _Panels, chosen: Array) -> _Panels:
+    at = np.repeat(chosen, ORDER)
+    return _Panels(panels.states[:, at], panels.gap[:, at], panels.mass[at], panels.sums[:, chosen])
 
 
 def _evaluate_transport(chain: _Chain, points: int | None) -> Truth:
-    n = FEWEST if points is None else check.integer("points", points, at_least=3)
-    centres, sd = _components(chain.problem.start_law)
-    start = np.linspace(np.min(centres - WIDTH * sd), np.max(centres + WIDTH * sd), n)
-    paths = _paths(chain, 0, start)
-    mass, expected = _expectations(chain, paths)
-    while points is None:
-        coarse, paths = expected, _refined(chain, paths)
-        mass, expected = _expectations(chain, paths)
-        change = float(np.max(np.abs(expected - coarse) / np.maximum(1.0, np.abs(expected))))
-        if change < 1e-12:
-            break
-        if 2 * mass.size - 1 > MOST_TRANSPORTED:
-            warnings.warn(f"reward: not smooth along the flow on {mass.size} points; expectations are off by up to "
-                          f"{change:.1g}", RuntimeWarning, stacklevel=3)
-            break
-    density = _transported_density(chain, paths.states)
-    return _truth(chain, float(expected[0]), expected[3:], _terminal(paths.states[-1], mass, density),
-                  lambda: _transport_kl(chain, paths.states[-1], mass, density),
-                  lambda: _transport_gradient(chain, paths, mass))
+    states, gap, mass, sums, jump = _start_panels(chain, points)
+    expected, paths = sums.sum(axis=1), _Paths(0, states, gap)
+    density = _transported_density(chain, states)
+    return _truth(chain, float(expected[0]), expected[3:], _terminal(states[-1], mass, density),
+                  lambda: _transport_kl(chain, states[-1], mass, density),
+                  lambda: _transport_gradient(chain, paths, mass, jump))
 
 
 def _transported_density(chain: _Chain, states: Array) -> Array | None:
@@ -729,7 +778,10 @@ def _transported_density(chain: _Chain, states: Array) -> Array | None:
     return np.exp(log_density)
 
 
-def _transport_gradient(chain: _Chain, paths: _Paths, mass: Array) -> ExactGradient:
+def _transport_gradient(chain: _Chain, paths: _Paths, mass: Array, jump: bool) -> ExactGradient:
+    if jump:
+        warnings.warn("policy: the reward along the flow jumps (or is too steep for rounding); a gradient along paths misses "
+                      "what the jump adds", RuntimeWarning, stacklevel=4)
     per_path = np.zeros((len(mass), chain.policy.theta.size))
 
     def visit(i: int, x: Array, u: Array) -> None:
@@ -743,7 +795,7 @@ def _transport_kl(chain: _Chain, end: Array, mass: Array, density: Array | None)
     if density is None:
         raise ValueError("grid: expected steps that keep the order of points (1 - D f + D h mu' > 0) for a terminal "
                          "density, got a step that folds; use more steps")
-    keep = mass > 1e-18 * np.max(mass)
+    keep = mass > 1e-30
     return float(mass[keep] @ (np.log(density[keep]) - _log_pushed(_pretrained(chain), end[keep])))
 
 
