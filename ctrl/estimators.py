@@ -152,11 +152,16 @@ class Run:
         return 0.5 * self.pull * np.sum(self.departure**2, axis=2)
 
     @cached_property
-    def sampled_cost(self) -> Array:
-        """lambda (u_i'xi_i + |u_i|^2/2), u = sqrt(2 kappa D)(a - s): the k1 form of the same cost, (n, N)."""
+    def k1(self) -> Array:
+        """u_i'xi_i + |u_i|^2/2, u = sqrt(2 kappa D)(a - s): the log-ratio of step i, nats, (n, N)."""
         c = self.coefficients
-        weight = self.problem.kl_weight * c.discount * np.sqrt(2 * c.kappa * c.dt)
-        return weight * np.sum(self.departure * self.xi, axis=2) + self.cost
+        u = np.sqrt(2 * c.kappa * c.dt)[:, None] * self.departure
+        return np.sum(u * self.xi, axis=2) + 0.5 * np.sum(u**2, axis=2)
+
+    @property
+    def sampled_cost(self) -> Array:
+        """lambda k1_i: the sampled form of the running cost, (n, N)."""
+        return self.problem.kl_weight * self.coefficients.discount * self.k1
 
     @cached_property
     def reward(self) -> Array:

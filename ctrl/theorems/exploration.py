@@ -20,7 +20,7 @@ from ctrl.rollout import Paths, simulate
 from ctrl.schedule import TimeGrid
 from ctrl.theorems import style
 from ctrl.theorems.reversal import log_ticks, short_grid
-from ctrl.theorems.verdict import ORDER_TOLERANCE, Case, Theorem, Verdict
+from ctrl.theorems.verdict import ORDER_TOLERANCE, Case, Theorem, Verdict, order_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,7 +219,7 @@ class Exploration(Theorem):
         if not case.solvable:
             yield self.skipped(case, "limit: no exact law to compare with")
             return
-        steps = np.array([80, 160, 320, 640] if case.linear else [12, 18, 27, 41] if case.quick else [24, 36, 54, 81])
+        steps = order_steps(case)
         for eta in (0.0, 0.5, 1.0, 1.5) if case.linear and not case.quick else (1.0,):
             here = case.at(eta)
             problem, sampled = here.problem, here.exploring

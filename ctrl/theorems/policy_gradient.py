@@ -21,7 +21,7 @@ from ctrl.estimators import (ActionNoise, Estimator, FiniteDifference, LeaveOneO
 from ctrl.evidence import mean_test
 from ctrl.noise import Noise
 from ctrl.theorems import style
-from ctrl.theorems.verdict import Case, Theorem, Verdict
+from ctrl.theorems.verdict import Case, Theorem, Verdict, convergence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,11 +97,11 @@ class K1Loss(Estimator):
 
 @dataclass(frozen=True, eq=False)
 class K3Loss(Estimator):
-    """lambda k3 = lambda (e^{-k1} - 1 + k1) as a loss on detached states: the gradient of the wrong KL."""
+    """lambda k3_i = lambda (e^{-k1_i} - 1 + k1_i) of every step as a loss on detached states: in the mean no more than e_i."""
 
     def cotangents(self, run: Run) -> Array:
-        k3_slope = 1 - np.exp(-run.paths.log_weight)
-        return (run.reward - run.problem.kl_weight * k3_slope)[:, None, None] * run.score_noise
+        slope = run.problem.kl_weight * run.coefficients.discount * -np.expm1(-run.k1)
+        return (run.reward[:, None] - slope)[:, :, None] * run.score_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ def planted_errors(case: Case) -> list[tuple[str, Estimator, str]]:
         ("(C) no KL gradient at all", NoKL(), ""),
         ("k1 as a loss", K1Loss(), ""),
         ("sqrt(D) missing from sigma", Distorted(noise_factor=without_root_dt), ""),
-        ("xi of step i + 1", Distorted(noise_factor=next_noise), "" if case.linear else "off by one: only an exact twin sees it"),
+        ("xi of step i + 1", Distorted(noise_factor=next_noise), "" if case.linear and pattern_steps(case) > 1 else "off by one: only an exact twin sees it"),
         ("g for h/(eta g)", Distorted(noise_factor=g_for_h_over_eta_g), at_one),
         ("mean over dimensions", Distorted(noise_factor=lambda run: run.score_noise / run.problem.dim), "d = 1" if case.problem.dim == 1 else ""),
         ("mean over steps", Distorted(noise_factor=lambda run: run.score_noise / run.grid.steps), "N = 1" if case.steps == 1 else ""),
@@ -191,6 +191,11 @@ def planted_errors(case: Case) -> list[tuple[str, Estimator, str]]:
         ("deterministic prefix of steps", LaterSteps(), "N = 1" if case.steps == 1 else ""),
         ("truncated adjoint sold as the full one", TruncatedAdjoint(), "N = 1" if case.steps == 1 else ""),
     ]
+
+
+def pattern_steps(case: Case) -> int:
+    """The longest chain whose sign patterns are affordable, at least one step."""
+    return max(1, (PATTERN_VARIABLES - case.problem.dim) // case.problem.dim)
 
 
 class PolicyGradient(Theorem):
@@ -204,7 +209,8 @@ class PolicyGradient(Theorem):
             at, tag = case.at(eta), "" if eta == 1 else f"eta = {eta:g}: "
             yield from self._exact_twin(at, tag)
             yield from self._monte_carlo_twin(at, tag)
-            yield from self._limit(at, tag)
+            if eta == 1 or case.linear or not case.quick:
+                yield from self._limit(at, tag)
 
     def _exact_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
         if case.linear:
@@ -218,14 +224,15 @@ class PolicyGradient(Theorem):
 
     def _by_sign_patterns(self, case: Case, tag: str) -> Iterator[Verdict]:
         """Every estimator, and every planted error, on all sign patterns of a short chain: expectations without sampling."""
-        d = case.problem.dim
-        short = replace(case, steps=max(1, (PATTERN_VARIABLES - d) // d))
+        short = replace(case, steps=pattern_steps(case))
         noise = Noise.signs(short.problem, short.policy, short.grid)
         expected, what = short.truth.gradient.theta, f"{noise.paths} sign patterns, N = {short.steps}"
         for name, estimator in estimators(short.value):
             mean = estimator(short.problem, short.policy, short.grid, noise).mean
             yield self.exact(case, mean / np.linalg.norm(expected), expected / np.linalg.norm(expected), UNBIASED, f"{tag}{name}: {what}")
         yield from self._action_noise(case, tag)
+        if short.steps == 1:
+            return  # half of the planted errors need a second step: by Monte Carlo then
         for name, estimator, invisible in planted_errors(short):
             if invisible:
                 yield self.skipped(case, f"{tag}{name}: invisible, {invisible}")
@@ -254,7 +261,8 @@ class PolicyGradient(Theorem):
         noise = case.noise("gradient", paths)
         value = self._value(case, noise)
         right = [(name, e) for name, e in estimators(value) if not _couples_paths(e)]
-        wrong = [] if case.linear else [(n, e) for n, e, invisible in planted_errors(case) if not invisible]
+        by_signs = case.linear and pattern_steps(case) > 1
+        wrong = [] if by_signs else [(n, e) for n, e, invisible in planted_errors(case) if not invisible]
         wrong += [("own-mean baseline, batches of two", OwnMeanOfTwo()), ("k3 as a loss", K3Loss())]
         samples = self._samples(case, noise, [*right, *wrong])
         reference = samples["pathwise"]
@@ -275,9 +283,10 @@ class PolicyGradient(Theorem):
     def _finite_difference(self, case: Case, noise: Noise, pathwise: Array, tag: str) -> Verdict:
         """Central differences on the paths of the pathwise gradient: no sampling noise is left, only O(eps^2)."""
         steps = np.array([0.02, 0.01, 0.005, 0.0025])
-        means = [FiniteDifference(float(e))(case.problem, case.policy, case.grid, noise).mean for e in steps]
-        errors = [float(np.linalg.norm(m - pathwise.mean(axis=0))) for m in means]
-        return self.limit(case, steps, errors, 2.0, f"{tag}finite difference -> pathwise gradient on the same {len(pathwise)} paths")
+        samples = [FiniteDifference(float(e))(case.problem, case.policy, case.grid, noise).samples for e in steps]
+        # The median over paths: means of errors of either sign can cancel, and a few paths far out dominate squares.
+        errors = [float(np.median(np.linalg.norm(s - pathwise, axis=1))) for s in samples]
+        return self.limit(case, steps, errors, 2.0, f"{tag}finite difference -> pathwise gradient on the same {len(pathwise)} paths", over="epsilon")
 
     def _value(self, case: Case, noise: Noise) -> ValueFunction | None:
         """The exact value where there is one; in 1-D tabulated over the states that this noise visits."""
@@ -301,19 +310,11 @@ class PolicyGradient(Theorem):
         def gradient(steps: int) -> Array:
             return exact.evaluate(case.problem, case.policy, case.problem.grid(steps)).gradient.theta
 
-        if case.linear:
-            steps = [50, 100, 200, 400, 800]
-            target = exact.limit.evaluate(case.problem, case.policy).gradient.theta
-            errors = [float(np.linalg.norm(gradient(n) - target)) for n in steps]
-        elif case.problem.dim == 1:
-            steps = [20, 40, 80, 160]
-            curve = [gradient(n) for n in [*steps, 320]]
-            errors = [float(np.linalg.norm(a - b)) for a, b in zip(curve[:-1], curve[1:], strict=True)]
-        else:
+        if not case.solvable:
             yield self.skipped(case, f"{tag}limit: no exact chain for mixtures in {case.problem.dim} dimensions")
             return
-        dt = case.problem.horizon / np.array(steps)
-        yield self.limit(case, dt, errors, 1.0, f"{tag}grad J of the chain -> continuous grad J")
+        target = exact.limit.evaluate(case.problem, case.policy).gradient.theta if case.linear else None
+        yield self.limit(case, *convergence(case, gradient, target), 1.0, f"{tag}grad J of the chain -> continuous grad J")
 
     def figure(self, case: Case) -> Figure:
         """Left: estimators against the exact gradient; middle: bias of the planted errors; right: order towards the limit."""
@@ -345,7 +346,7 @@ class PolicyGradient(Theorem):
         ax.legend(loc="lower right")
 
     def _draw_bias(self, ax: style.Axes, case: Case) -> None:
-        short = replace(case, steps=max(1, (PATTERN_VARIABLES - case.problem.dim) // case.problem.dim))
+        short = replace(case, steps=pattern_steps(case))
         noise, truth = Noise.signs(short.problem, short.policy, short.grid), short.truth.gradient.theta
 
         def relative(estimator: Estimator) -> float:

@@ -20,7 +20,7 @@ from ctrl.reward import LinearReward
 from ctrl.rollout import simulate
 from ctrl.schedule import OU, VE, VP, Schedule, TimeGrid
 from ctrl.theorems import style
-from ctrl.theorems.verdict import Case, Theorem, Verdict
+from ctrl.theorems.verdict import Case, Theorem, Verdict, order_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -280,7 +280,7 @@ class Reversal(Theorem):
         if isinstance(case.problem.schedule, VE):
             yield self.skipped(case, "limit: VE is pre-asymptotic on uniform grids of a few hundred steps (it needs a geometric grid)")
             return
-        steps = np.array([80, 160, 320, 640] if case.linear else [16, 24, 36, 54] if case.quick else [24, 36, 54, 81])
+        steps = order_steps(case)
         for eta in (1.0,) if case.quick and not case.linear else ETAS:
             # the reward plays no part here, and a linear one is cheap to integrate
             problem = case.at(eta, start="exact", reward=LinearReward(np.ones(case.problem.dim))).problem
@@ -301,9 +301,8 @@ class Reversal(Theorem):
             yield self.exact(case, bias, np.stack([prior_bias(p) for p in problems]), 1e-8, what)
             if schedules:
                 alphas = np.array([s.alpha(s.tau(0.0)) for s in schedules])
-                row = self.limit(case, alphas, np.linalg.norm(bias, axis=1), 1 + eta**2,
-                                 f"{_at(eta)}bias of the prior start grows like alpha(T)^(1 + eta^2)")
-                yield replace(row, reason=row.reason.replace("over D =", "over alpha(T) ="))
+                yield self.limit(case, alphas, np.linalg.norm(bias, axis=1), 1 + eta**2,
+                                 f"{_at(eta)}bias of the prior start grows like alpha(T)^(1 + eta^2)", over="alpha(T)")
         if not schedules:
             yield self.skipped(case, "slope of the prior start's bias in alpha(T): alpha = 1 for VE" if case.problem.dim <= 2 else
                                "slope of the prior start's bias in alpha(T): tried in one and two dimensions")
