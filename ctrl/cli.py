@@ -34,7 +34,7 @@ class Verify:
     seed: int = 0
     """Seed of all noise."""
     threads: int | None = None
-    """Threads of the simulation kernels (same bits for any number)."""
+    """Cores to use, theorems side by side (default: all; the verdicts do not depend on it)."""
 
     def run(self) -> int:
         from ctrl.verify import Settings, verify
@@ -96,17 +96,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def missing(module: str) -> str:
-    """What to install for a module that is not there: the extra that lists it, read from this distribution's metadata."""
-    package = module.split(".")[0].replace("_", "-")
+    """What to install for a module that is not there: the smallest extra that lists it, from this distribution's metadata."""
+    package = module.split(".")[0].replace("_", "-").lower()
     try:
         wanted = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
         wanted = []
+    members: dict[str, list[str]] = {}
     for line in wanted:
-        name = re.split(r"[ <>=!~;\[(]", line, maxsplit=1)[0]
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
-        if name.lower() == package.lower() and extra:
-            return f"{module} is missing; it comes with the extra {extra[1]}: pip install '{DISTRIBUTION}[{extra[1]}]'"
+        if extra := re.search(r"extra == ['\"]([\w-]+)['\"]", line):
+            members.setdefault(extra[1], []).append(re.split(r"[ <>=!~;\[(]", line, maxsplit=1)[0].lower())
+    for extra_name, packages in sorted(members.items(), key=lambda item: len(item[1])):
+        if package in packages:
+            return f"{module} is missing; it comes with the extra {extra_name}: pip install '{DISTRIBUTION}[{extra_name}]'"
     return f"the module {module} is missing; pip install {module}"
 
 

@@ -167,7 +167,10 @@ class GaussianMixture:
 
     def log_density(self, x: ArrayLike) -> Array:
         """log p(x), (n, d) -> (n,), nats."""
-        _, joint = self._joint(check.points("x", x, self.dim))
+        x = check.points("x", x, self.dim)
+        if x.dtype == np.float64:
+            return _mixture_log_density(x, self.means, self.precisions, self.log_normalisers)
+        _, joint = self._joint(x)
         top = joint.real.max(axis=1)
         return top + np.log(np.exp(joint - top[:, None]).sum(axis=1))
 
@@ -225,7 +228,7 @@ class GaussianMixture:
 
 @njit(cache=True, error_model="numpy")
 def _component_scores_at(x, means, precisions, log_normalisers, s, rho):
-    """s_j and rho_j at one point x (d,), into s (K, d) and rho (K,)."""
+    """s_j and rho_j at one point x (d,), into s (K, d) and rho (K,); returns the log-density."""
     top = -np.inf
     for j in range(len(means)):
         rho[j] = log_normalisers[j]
@@ -237,7 +240,19 @@ def _component_scores_at(x, means, precisions, log_normalisers, s, rho):
         top = max(top, rho[j])
     for j in range(len(means)):
         rho[j] = np.exp(rho[j] - top)
-    rho /= rho.sum()
+    total = rho.sum()
+    rho /= total
+    return top + np.log(total)
+
+
+@njit(cache=True, error_model="numpy")
+def _mixture_log_density(x, means, precisions, log_normalisers):
+    """log sum_j w_j N_j(x), (n,)."""
+    out = np.empty(len(x))
+    s, rho = np.empty(means.shape), np.empty(len(means))
+    for n in range(len(x)):
+        out[n] = _component_scores_at(x[n], means, precisions, log_normalisers, s, rho)
+    return out
 
 
 @njit(cache=True, error_model="numpy")

@@ -9,9 +9,10 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +24,7 @@ from ctrl.theorems.exploration import Exploration
 from ctrl.theorems.path_kl import PathKL
 from ctrl.theorems.policy_gradient import PolicyGradient
 from ctrl.theorems.reversal import Reversal
-from ctrl.theorems.style import save_pixels
+from ctrl.theorems.style import png
 from ctrl.theorems.value import ValueMartingale
 from ctrl.theorems.verdict import Case, Theorem, Verdict
 
@@ -102,7 +103,6 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
     """
     stream = stream or sys.stdout
     chosen, cases = _chosen(settings, theorems), _cases(settings)
-    _use_threads(settings.threads)
     progress = Progress(_writable(settings.out), settings.identity())
     if settings.resume:
         progress.read()
@@ -112,27 +112,66 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
     for row in progress.rows:
         print(_line(row, width), file=stream)
     try:
-        _run(chosen, cases, progress, stream, width)
-        figures = list(_figures(chosen, cases, settings.out))
+        _run(settings, chosen, cases, progress, stream, width)
     finally:
         progress.write()
+    figures = _figures(settings, chosen, cases)
     print(_summary(progress.rows, figures, settings.out, time.perf_counter() - started), file=stream)
     return progress.rows
 
 
-def _run(theorems: Sequence[Theorem], cases: Sequence[Case], progress: Progress, stream: TextIO, width: int) -> None:
+def _run(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Case], progress: Progress, stream: TextIO, width: int) -> None:
+    """All (theorem, case) pairs, side by side; the table and the file keep the order of theorems and cases."""
     from tqdm import tqdm
 
-    pairs = [(theorem, case) for theorem in theorems for case in cases if [theorem.name, case.name] not in progress.done]
-    bar = tqdm(pairs, disable=None, unit="pair", leave=False, file=sys.stderr)
-    for theorem, case in bar:
-        bar.set_description(f"{theorem.name} on {case.name}")
-        for row in _timed(theorem.checks(case)):
-            progress.rows.append(row)
-            tqdm.write(_line(row, width), file=stream)
-            stream.flush()
-        progress.done.append([theorem.name, case.name])
-        progress.write()
+    pairs = [(theorem, case) for theorem in theorems for case in cases]
+    order = {(theorem.name, case.name): j for j, (theorem, case) in enumerate(pairs)}
+    pending = [(theorem, case) for theorem, case in pairs if [theorem.name, case.name] not in progress.done]
+    with tqdm(total=len(pending), disable=None, unit="pair", leave=False, file=sys.stderr) as bar:
+        for name, case_name, rows in _side_by_side(settings, [(_checked, theorem, case) for theorem, case in pending]):
+            for row in rows:
+                progress.rows.append(row)
+                tqdm.write(_line(row, width), file=stream)
+                stream.flush()
+            progress.done.append([name, case_name])
+            progress.rows.sort(key=lambda row: order[row.theorem, row.problem])
+            progress.write()
+            bar.update()
+            bar.set_description(f"{name} on {case_name}")
+
+
+Task = tuple[Callable[[Theorem, Case], Any], Theorem, Case]
+
+
+def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Any]:
+    """The results of tasks as they come: in this process with one thread, else in spawned processes of one thread each.
+
+    A process reads a user's problem from its file again, as code from a file cannot be sent.
+    """
+    workers = min(settings.threads or _cores(), len(tasks))
+    if workers <= 1:
+        for function, theorem, case in tasks:
+            yield function(theorem, case)
+        return
+    from joblib import Parallel, delayed, parallel_config
+
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        calls = (delayed(_in_worker)(function, theorem, settings, case.name) for function, theorem, case in tasks)
+        yield from Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)(calls)
+
+
+def _in_worker(function: Callable[[Theorem, Case], Any], theorem: Theorem, settings: Settings, case_name: str) -> Any:
+    return function(theorem, next(case for case in _cases(settings) if case.name == case_name))
+
+
+def _checked(theorem: Theorem, case: Case) -> tuple[str, str, Iterable[Verdict]]:
+    """The verdicts of one pair; a list, so that it can come from another process, or rows as they come in this one."""
+    rows = _timed(theorem.checks(case))
+    return theorem.name, case.name, rows if current_process().name == "MainProcess" else list(rows)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _timed(rows: Iterator[Verdict]) -> Iterator[Verdict]:
@@ -145,15 +184,20 @@ def _timed(rows: Iterator[Verdict]) -> Iterator[Verdict]:
         yield replace(row, seconds=round(time.perf_counter() - start, 4))
 
 
-def _figures(theorems: Sequence[Theorem], cases: Sequence[Case], out: Path) -> Iterator[Path]:
-    """One PNG per theorem, drawn on the first case that has a continuous limit, else the first with a truth."""
-    ordered = sorted(cases, key=lambda case: (not case.linear, not case.solvable))
-    if not ordered[0].solvable:
-        return
-    for theorem in theorems:
-        path = out / f"{theorem.name}.png"
-        save_pixels(theorem.figure(ordered[0]), path)
-        yield path
+def _figures(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Case]) -> list[Path]:
+    """One PNG per theorem, drawn on the first case that has a continuous limit."""
+    drawable = next((case for case in cases if case.linear), None)
+    if drawable is None:
+        return []
+    drawn = _side_by_side(settings, [(_drawn, theorem, drawable) for theorem in theorems])
+    paths = [settings.out / f"{theorem.name}.png" for theorem in theorems]
+    for name, pixels in drawn:
+        (settings.out / f"{name}.png").write_bytes(pixels)
+    return paths
+
+
+def _drawn(theorem: Theorem, case: Case) -> tuple[str, bytes]:
+    return theorem.name, png(theorem.figure(case))
 
 
 def _chosen(settings: Settings, theorems: Sequence[Theorem]) -> list[Theorem]:
@@ -213,16 +257,6 @@ def _replace(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    import numba
-
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        raise ValueError(f"threads: expected at most {numba.config.NUMBA_NUM_THREADS} on this machine, got {threads}")
-    numba.set_num_threads(threads)
 
 
 def versions() -> dict[str, str]:

@@ -98,7 +98,8 @@ class Advantage:
 
         q(t, x, a) = h (a - mu).grad V - lambda kappa ( |a - s|^2 - |mu - s|^2 - tr Sigma )      (tr Sigma only for sampled actions)
 
-    q(i, x, a) : (n, d), (n, d) -> (n,), reward units per time.  (Q_i - V_i)/D - q = O(D).  Centred: E_{a ~ pi} q = 0.
+    q(i, x, a) : (n, d), (n, d) -> (n,), reward units per time.  (Q_i - V_i)/D = q - gamma H + O(D), gamma H the entropy rate
+    (0 without an entropy weight).  Centred: E_{a ~ pi} q = 0.
     Source: theory.md, section 6.   Checked: tests/test_chain.py::test_advantage_is_centred_and_first_order
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,9 +51,11 @@ def order_line(ax: Axes, x: Any, y: Any, label: str, index: int) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def save_pixels(figure: Figure, path: Any) -> None:
-    """Write a PNG under the house style."""
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG under the house style."""
     import matplotlib
 
+    buffer = BytesIO()
     with matplotlib.rc_context(RC):
-        figure.savefig(path)
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
