@@ -110,7 +110,7 @@ class AdvantageRate(Theorem):
                  "- λ κ (|a - s|² - |μ - s|² - tr Σ), and E_{a~π} q = 0; on the sampled chain E_π[Q_i - V_i] = 0 exactly.")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
-        for eta in (1.0, 0.5):
+        for eta in case.etas:
             at = solved(case.at(eta))[-1]
             yield from self._stein(at)
             if case.solvable:

@@ -19,7 +19,7 @@ from ctrl.problem import Problem
 from ctrl.rollout import Paths, simulate
 from ctrl.schedule import TimeGrid
 from ctrl.theorems import style
-from ctrl.theorems.reversal import log_ticks, short_grid
+from ctrl.theorems.reversal import short_grid
 from ctrl.theorems.verdict import ORDER_TOLERANCE, Case, Theorem, Verdict, order_steps
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Exploration(Theorem):
     def _signs(self, case: Case) -> Iterator[Verdict]:
         """Simulated paths averaged over all sign patterns against the recursion of the sampled chain."""
         steps = {1: 4, 2: 3}.get(case.problem.dim, 1)
-        for eta in (0.0, 1.0):
+        for eta in dict.fromkeys((0.0, 1.0, case.problem.eta)):
             here, what = case.at(eta), f"over all sign patterns, N = {steps}"
             variables = here.problem.dim * (1 + steps * (1 + (eta > 0)))
             if variables > 18:
@@ -161,7 +161,7 @@ class Exploration(Theorem):
 
     def _recursion(self, case: Case) -> Iterator[Verdict]:
         """What sampling adds to the covariance, h^2 D^2 Sigma per step carried to the end; and two ways to add too much."""
-        for eta in (0.5, 1.0):
+        for eta in case.etas:
             here = case.at(eta)
             problem, grid, sampled = here.problem, here.grid, here.exploring
             P = exact.evaluate(problem, sampled, grid).terminal.cov - exact.evaluate(problem, here.policy, grid).terminal.cov
@@ -269,7 +269,7 @@ def _draw_orders(ax: Axes, case: Case) -> None:
     ax.loglog(dt, injected, color=style.GREY, marker="x", label=f"planted, Σ/D: order {round(slope, 2) + 0:.2f}")
     ax.set(xlabel="step length D (horizon units)", ylabel="gap at the end (state units²)", title="Gap to mean actions")
     ax.set_ylim(top=max(injected) * 100)
-    log_ticks(ax, dt, [f"1/{n}" for n in STEPS])
+    style.log_ticks(ax, dt, [f"1/{n}" for n in STEPS])
     ax.legend(loc="upper left")
 
 

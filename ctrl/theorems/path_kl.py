@@ -106,7 +106,7 @@ class PathKL(Theorem):
     statement = "KL(P_theta || P_pre) = E_theta ∫ κ |μ - s|² dt,  κ = h²/(2 η² g²), nats; the left-point sum is exact on the chain"
 
     def checks(self, case: Case) -> Iterator[Verdict]:
-        for eta in (1.0, 0.5):
+        for eta in case.etas:
             at, tag = case.at(eta), "" if eta == 1 else f"eta = {eta:g}: "
             yield from self._exact_twin(at, tag)
             yield from self._monte_carlo_twin(at, tag)
@@ -226,7 +226,8 @@ class PathKL(Theorem):
                 curve = [exact.evaluate(at.problem, at.policy, at.problem.grid(int(n))).path_kl for n in 4 * steps]
                 limit = exact.limit.evaluate(at.problem, at.policy).path_kl
                 style.order_line(right, case.problem.horizon / (4 * steps), np.abs(np.array(curve) - limit), f"η = {eta:g}", j)
-            right.set(title="Limit: chain to continuous time", xlabel="step length D (time units)", ylabel="|path KL − limit| (nats)")
+            style.log_ticks(right, case.problem.horizon / (4 * steps), [f"1/{4 * n}" for n in steps])
+            right.set(title="Limit: chain to continuous time", xlabel="step length D (horizon units)", ylabel="|path KL − limit| (nats)")
             right.legend()
             return figure
 
@@ -241,7 +242,8 @@ class PathKL(Theorem):
         terminal = [replace(case, steps=int(n)).truth.terminal_kl for n in steps]
         ax.plot(steps, terminal, color=style.GREY, linestyle=":", label="terminal KL, η = 1")
         ax.set(xscale="log", ylim=(0, None), xlabel="steps N", ylabel="KL (nats)", title="Exact (lines), mean log-ratio ± 95 % (points)")
-        ax.legend()
+        style.log_ticks(ax, steps, [str(n) for n in steps])
+        ax.legend(loc="lower center", ncols=2, fontsize=7)
 
     def _draw_wrong(self, ax: style.Axes, case: Case, steps: Array) -> None:
         at = case.at(0.5)
@@ -252,6 +254,7 @@ class PathKL(Theorem):
             wrong = [wrong_rates(c)[j][1] @ s for c, s in zip(cases, squared, strict=True)]
             ax.plot(steps, wrong, color=style.COLOURS[j], linestyle=style.LINES[j], marker=style.MARKERS[j], label=what)
         ax.set(xscale="log", yscale="log", xlabel="steps N", ylabel="claimed KL (nats)", title="Planted errors at η = 0.5")
+        style.log_ticks(ax, steps, [str(n) for n in steps])
         ax.set_ylim(top=ax.get_ylim()[1] * 60)
         ax.legend(fontsize=7, ncols=2, loc="upper left")
 

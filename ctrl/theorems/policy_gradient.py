@@ -177,13 +177,14 @@ class LateActionReturn(ActionNoise):
 def planted_errors(case: Case) -> list[tuple[str, Estimator, str]]:
     """(what, wrong estimator, why it is invisible here or "")."""
     at_one = "eta = 1: h/g is g" if case.problem.eta == 1 else ""
+    off_by_one = "" if case.linear and pattern_steps(case) > 1 else "off by one: only an exact twin sees it"
     return [
         ("(A) cost in the return, no e_i", Folded(), ""),
         ("(B) e_i, cost not in the return", DetachedKL(), ""),
         ("(C) no KL gradient at all", NoKL(), ""),
         ("k1 as a loss", K1Loss(), ""),
         ("sqrt(D) missing from sigma", Distorted(noise_factor=without_root_dt), ""),
-        ("xi of step i + 1", Distorted(noise_factor=next_noise), "" if case.linear and pattern_steps(case) > 1 else "off by one: only an exact twin sees it"),
+        ("xi of step i + 1", Distorted(noise_factor=next_noise), off_by_one),
         ("g for h/(eta g)", Distorted(noise_factor=g_for_h_over_eta_g), at_one),
         ("mean over dimensions", Distorted(noise_factor=lambda run: run.score_noise / run.problem.dim), "d = 1" if case.problem.dim == 1 else ""),
         ("mean over steps", Distorted(noise_factor=lambda run: run.score_noise / run.grid.steps), "N = 1" if case.steps == 1 else ""),
@@ -205,7 +206,7 @@ class PolicyGradient(Theorem):
     statement = "∇J = E ∫ (∂μ)' [ h ∇V − 2λκ(μ − s) ] dt: score-function, temporal-difference, value-gradient and pathwise forms agree"
 
     def checks(self, case: Case) -> Iterator[Verdict]:
-        for eta in (1.0, 0.5):
+        for eta in case.etas:
             at, tag = case.at(eta), "" if eta == 1 else f"eta = {eta:g}: "
             yield from self._exact_twin(at, tag)
             yield from self._monte_carlo_twin(at, tag)
@@ -257,7 +258,7 @@ class PolicyGradient(Theorem):
 
     def _monte_carlo_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
         case = replace(case, steps=20)
-        paths = case.paths // (10 if case.problem.dim > 2 else 4)
+        paths = case.paths // (6 if case.problem.dim > 2 else 4)
         noise = case.noise("gradient", paths)
         value = self._value(case, noise)
         right = [(name, e) for name, e in estimators(value) if not _couples_paths(e)]
@@ -270,10 +271,10 @@ class PolicyGradient(Theorem):
         for name, _ in right:
             if case.solvable:
                 test = mean_test(samples[name], case.truth.gradient.theta)
-                yield self.monte_carlo(case, test, 2.0 * scale, f"{tag}{name}: mean of {len(samples[name])} paths = grad J")
+                yield self.monte_carlo(case, test, 0.5 * scale, f"{tag}{name}: mean of {len(samples[name])} paths = grad J")
             elif name != "pathwise":
                 test = mean_test(samples[name] - reference, 0.0)
-                yield self.monte_carlo(case, test, 2.0 * scale, f"{tag}{name} and pathwise agree on {len(samples[name])} shared paths")
+                yield self.monte_carlo(case, test, 0.5 * scale, f"{tag}{name} and pathwise agree on {len(samples[name])} shared paths")
         yield self._finite_difference(case, noise[:1000], reference[:1000], tag)
         for name, _ in wrong:
             # Against the right formula on the same paths: what both get wrong by chance cancels.
@@ -327,7 +328,8 @@ class PolicyGradient(Theorem):
                 gradients = [exact.evaluate(at.problem, at.policy, at.problem.grid(int(n))).gradient.theta for n in steps]
                 errors = [np.linalg.norm(g - limit) for g in gradients]
                 style.order_line(right, case.problem.horizon / steps, errors, f"η = {eta:g}", j)
-            right.set(title="Limit: chain to continuous time", xlabel="step length D (time units)",
+            style.log_ticks(right, case.problem.horizon / steps, [f"1/{n}" for n in steps])
+            right.set(title="Limit: chain to continuous time", xlabel="step length D (horizon units)",
                       ylabel="|∇J − limit| (reward / parameter)")
             right.legend()
             return figure

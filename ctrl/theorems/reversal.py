@@ -215,7 +215,7 @@ class Reversal(Theorem):
 
     def _pointwise(self, case: Case) -> Iterator[Verdict]:
         """The Fokker-Planck equation at points, for any law in any dimension; and what it rejects."""
-        for eta in ETAS:
+        for eta in dict.fromkeys((*ETAS, case.problem.eta)):
             problem, noise = case.at(eta).problem, case.at(eta).noise("points", paths=32 if case.quick else 128)
             what = f"{_at(eta)}Fokker-Planck residual of p_(T-t) at points, relative to its terms"
             yield self.exact(case, worst_residual(problem, noise), 0.0, ROUNDING, what)
@@ -333,13 +333,7 @@ def _draw_orders(ax: Axes, case: Case) -> None:
     ax.set(xlabel="step length D (horizon units)", ylabel="error of the terminal law (data sd)", title="The law, order 1 in D")
     ax.legend(loc="upper left")
     ax.set_ylim(top=ax.get_ylim()[1] * 3e3)
-    log_ticks(ax, problem.horizon / steps, [f"1/{n}" for n in steps])
-
-
-def log_ticks(ax: Axes, at: Array, labels: list[str]) -> None:
-    """Ticks where the points are, instead of crowded minor labels."""
-    ax.set_xticks(at, labels)
-    ax.minorticks_off()
+    style.log_ticks(ax, problem.horizon / steps, [f"1/{n}" for n in steps])
 
 
 def _wrong_gain_error(problem: Problem, grid: TimeGrid) -> float:
@@ -380,5 +374,5 @@ def _draw_bias(ax: Axes, case: Case) -> None:
         ax.loglog(fine, bias[-1] * (fine / alphas[-1]) ** (1 + eta**2), color=style.GREY, linewidth=0.8, linestyle=":")
     ax.set(xlabel="signal left at the start, α(T)", ylabel="bias of the terminal mean (state units)",
            title=r"The prior start's bias $\propto\alpha(T)^{1+\eta^2}$ (dotted)")
-    log_ticks(ax, alphas, [f"{a:.2g}" for a in alphas])
+    style.log_ticks(ax, alphas, [f"{a:.2g}" for a in alphas])
     ax.legend(loc="upper left")

@@ -44,11 +44,13 @@ def order_line(ax: Axes, x: Any, y: Any, label: str, index: int) -> None:
     from ctrl.evidence import fitted_order
 
     slope = fitted_order(np.asarray(x), np.asarray(y)).slope
-    from matplotlib.ticker import NullFormatter
-
     ax.loglog(x, y, marker=MARKERS[index], linestyle=LINES[index], color=COLOURS[index], label=f"{label}: order {slope:.2f}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def log_ticks(ax: Axes, at: Any, labels: list[str]) -> None:
+    """Ticks on x where the points are, in the place of crowded minor labels."""
+    ax.set_xticks(at, labels)
+    ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def png(figure: Figure) -> bytes:

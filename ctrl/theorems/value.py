@@ -329,7 +329,7 @@ class ValueMartingale(Theorem):
             yield self.skipped(case, "V before the last step has no exact truth here, and any estimate of it from paths would be "
                                      "compared with itself")
             return
-        for eta in (1.0, 0.5, 0.0):
+        for eta in (*case.etas, 0.0):
             both = solved(case.at(eta))
             if eta == 0 and not case.linear:
                 yield self.skipped(case, "eta = 0: sampled actions on the line: their noise alone, h D sqrt(Σ), is too fine for a lattice")
@@ -488,7 +488,7 @@ class ValueMartingale(Theorem):
 
     def _last_step(self, case: Case) -> Iterator[Verdict]:
         """Without a truth: V_N = r is known in any dimension, and V_(N-1) is one quadrature."""
-        for eta in (1.0, 0.5):
+        for eta in case.etas:
             at = solved(case.at(eta))[0]
             samples, deviation = last_step(at, at.case.noise("last step", 2000 if case.quick else 8000))
             yield self.monte_carlo(at.case, mean_test(samples / deviation, 0.0), 0.25,

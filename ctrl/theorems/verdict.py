@@ -75,6 +75,12 @@ class Case:
         return replace(self, problem=replace(self.problem, eta=eta, **changes))
 
     @property
+    def etas(self) -> tuple[float, ...]:
+        """1, one half (where everything about h shows: section 16), and the problem's own eta when it has noise."""
+        own = (self.problem.eta,) if self.problem.eta > 0 else ()
+        return tuple(dict.fromkeys((1.0, 0.5, *own)))
+
+    @property
     def linear(self) -> bool:
         """Gaussian data and a quadratic reward: the chain is exact in any dimension."""
         return isinstance(self.problem.data, Gaussian) and self.problem.reward.quadratic(self.problem.dim) is not None
