@@ -188,8 +188,9 @@ class Run:
 
 
 def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Iterator[Run]:
-    """The paths in chunks whose trajectories fit in CHUNK_BYTES."""
-    size = max(1, CHUNK_BYTES // (8 * problem.dim * (grid.steps + 1)) // noise.group) * noise.group
+    """The paths in chunks whose trajectories fit in CHUNK_BYTES; an even number of units, for estimators that pair paths."""
+    unit = 2 * noise.group
+    size = max(1, CHUNK_BYTES // (8 * problem.dim * (grid.steps + 1)) // unit) * unit
     for first in range(0, noise.paths, size):
         part = noise[first : first + size]
         yield Run(problem, policy, grid, part, simulate(problem, policy, grid, part, trajectory=True))

@@ -258,7 +258,7 @@ class PolicyGradient(Theorem):
 
     def _monte_carlo_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
         case = replace(case, steps=20)
-        paths = case.paths // (6 if case.problem.dim > 2 else 4)
+        paths = case.paths // (6 if case.problem.dim > 2 else 4) // 2 * 2  # whole pairs
         noise = case.noise("gradient", paths)
         value = self._value(case, noise)
         right = [(name, e) for name, e in estimators(value) if not _couples_paths(e)]
