@@ -81,5 +81,15 @@ def _short(value: Any) -> str:
     return " ".join(repr(value).split())[:80]
 
 
+def returned(name: str, out: Array, shape: tuple[int, ...]) -> Array:
+    """What a user's function returned, checked for shape and finiteness."""
+    out = np.asarray(out)
+    if out.shape != shape:
+        raise ValueError(f"{name}: expected to return shape {shape}, got {out.shape}")
+    if not np.all(np.isfinite(out)):
+        raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(out))} NaN or infinite")
+    return out
+
+
 def _words(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("any" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"

@@ -449,27 +449,19 @@ class CallablePolicy(Policy):
     def with_exploration(self, exploration: ArrayLike | None) -> CallablePolicy:
         return CallablePolicy(self.action, self.theta, self.theta_jacobian, self.x_jacobian, exploration, self.state_dim)
 
-    def _checked(self, name: str, out: Array, shape: tuple[int, ...]) -> Array:
-        out = np.asarray(out)
-        if out.shape != shape:
-            raise ValueError(f"{name}: expected to return shape {shape}, got {out.shape}")
-        if not np.all(np.isfinite(out)):
-            raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(out))} NaN or infinite")
-        return out
-
     def mean(self, grid: TimeGrid, i: int, x: Array) -> Array:
-        return self._checked("action", self.action(float(grid.times[i]), x, self.theta), x.shape)
+        return check.returned("action", self.action(float(grid.times[i]), x, self.theta), x.shape)
 
     def jacobian_x(self, grid: TimeGrid, i: int, x: Array) -> Array:
         t, (n, d) = float(grid.times[i]), x.shape
         if self.x_jacobian is not None:
-            return self._checked("jacobian_x", self.x_jacobian(t, x, self.theta), (n, d, d))
+            return check.returned("jacobian_x", self.x_jacobian(t, x, self.theta), (n, d, d))
         return np.stack([complex_step("action", lambda z: self.action(t, z, self.theta), x, j, x.shape) for j in range(d)], axis=2)
 
     def jacobian_theta(self, grid: TimeGrid, i: int, x: Array) -> Array:
         t, p = float(grid.times[i]), self.theta.size
         if self.theta_jacobian is not None:
-            return self._checked("jacobian_theta", self.theta_jacobian(t, x, self.theta), (*x.shape, p))
+            return check.returned("jacobian_theta", self.theta_jacobian(t, x, self.theta), (*x.shape, p))
         columns = [complex_step("action", lambda z: self.action(t, x, z), self.theta, j, x.shape) for j in range(p)]
         return np.stack(columns, axis=2)
 

@@ -218,11 +218,11 @@ class CallableReward(Reward):
         object.__setattr__(self, "derivative", gradient)
 
     def value(self, x: Array) -> Array:
-        return _returned("reward", self.function(x), (len(x),))
+        return check.returned("reward", self.function(x), (len(x),))
 
     def gradient(self, x: Array) -> Array:
         if self.derivative is not None:
-            return _returned("reward gradient", self.derivative(x), x.shape)
+            return check.returned("reward gradient", self.derivative(x), x.shape)
         columns = [complex_step("reward", self.function, x, j, (len(x),)) for j in range(x.shape[1])]
         return np.stack(columns, axis=1)
 
@@ -238,14 +238,4 @@ def complex_step(name: str, function: Callable[[Array], Array], x: Array, j: int
                          f"got {type(error).__name__}: {error}") from None
     if not np.iscomplexobj(out):
         raise ValueError(f"{name}: expected complex output for complex input (or an explicit derivative), got {out.dtype}")
-    return _returned(name, out.imag / COMPLEX_STEP, shape)
-
-
-def _returned(name: str, out: Array, shape: tuple[int, ...]) -> Array:
-    """What a user's function returned, checked for shape and finiteness."""
-    out = np.asarray(out)
-    if out.shape != shape:
-        raise ValueError(f"{name}: expected to return shape {shape}, got {out.shape}")
-    if not np.all(np.isfinite(out)):
-        raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(out))} NaN or infinite")
-    return out
+    return check.returned(name, out.imag / COMPLEX_STEP, shape)

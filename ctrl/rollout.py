@@ -173,7 +173,7 @@ class _Result:
     def add(self, begin: int, terminal: Array, sums: Array, *kept: Array | None) -> None:
         here = slice(begin, begin + len(terminal))
         square, cross, discounted = sums.astype(np.float64).T
-        self.terminal[here], self.reward[here] = terminal, _reward(self.problem, terminal.astype(np.float64))
+        self.terminal[here], self.reward[here] = terminal, check.returned("reward", self.problem.reward.value(terminal.astype(np.float64)), (len(terminal),))
         self.penalty[here] = 0.5 * square
         self.discounted[here] = 0.5 * (discounted if self.problem.discount > 0 else square)
         if self.log_ratio is not None:
@@ -236,15 +236,6 @@ def _as_mixture(law: Law) -> GaussianMixture:
 
 def _cast(dtype: Any, *arrays: Array) -> list[Array]:
     return [np.array(a, dtype=dtype, order="C") for a in arrays]
-
-
-def _reward(problem: Problem, x: Array) -> Array:
-    r = np.asarray(problem.reward.value(x))
-    if r.shape != (len(x),):
-        raise ValueError(f"reward: expected to return shape ({len(x)},), got {r.shape}")
-    if not np.all(np.isfinite(r)):
-        raise ValueError(f"reward: expected finite values, got {np.count_nonzero(~np.isfinite(r))} NaN or infinite")
-    return r
 
 
 def _discounted_entropy(problem: Problem, policy: Policy, grid: TimeGrid) -> float:

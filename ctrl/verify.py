@@ -30,8 +30,7 @@ from ctrl.theorems.verdict import Case, Theorem, Verdict
 
 THEOREMS: tuple[Theorem, ...] = (Reversal(), Exploration(), PathKL(), ValueMartingale(), AdvantageRate(), PolicyGradient())
 
-COLUMNS = (("theorem", 15), ("problem", 16), ("check", 11), ("measured", 13), ("expected", 13), ("tolerance", 10), ("z", 7),
-           ("verdict", 7), ("seconds", 7))
+COLUMNS = (("theorem", 15), ("problem", 16), ("check", 11), ("measured", 12), ("expected", 12), ("tol. or z", 9), ("verdict", 7), ("sec.", 6))
 
 
 @dataclass(frozen=True)
@@ -281,9 +280,10 @@ def _line(row: Verdict, width: int) -> str:
     said = "skipped" if row.holds is None else "ok" if row.holds else "FAIL"
     if row.check == "planted" and row.holds:
         said = "caught"
-    cells = (row.theorem, row.problem, row.check, number(row.measured, ".6g"), number(row.expected, ".6g"), number(row.tolerance, ".2g"),
-             number(row.z, "+.2f") if row.z is None or abs(row.z) < 1e4 else f"{row.z:+.0e}", said, f"{row.seconds:.2f}")
+    bound = number(row.tolerance, ".2g") if row.z is None else f"z {row.z:+.2f}" if abs(row.z) < 1e3 else f"z {row.z:+.0e}"
+    cells = (row.theorem, row.problem, row.check, number(row.measured, ".6g"), number(row.expected, ".6g"), bound, said, f"{row.seconds:.2f}")
     text = " ".join(f"{cell:<{size}}" for cell, (_, size) in zip(cells, COLUMNS, strict=True)) + " " + row.reason
+    width = max(width, len(_header()))  # the verdict always shows
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
