@@ -173,7 +173,8 @@ class _Result:
     def add(self, begin: int, terminal: Array, sums: Array, *kept: Array | None) -> None:
         here = slice(begin, begin + len(terminal))
         square, cross, discounted = sums.astype(np.float64).T
-        self.terminal[here], self.reward[here] = terminal, check.returned("reward", self.problem.reward.value(terminal.astype(np.float64)), (len(terminal),))
+        reward = self.problem.reward.value(terminal.astype(np.float64))
+        self.terminal[here], self.reward[here] = terminal, check.returned("reward", reward, (len(terminal),))
         self.penalty[here] = 0.5 * square
         self.discounted[here] = 0.5 * (discounted if self.problem.discount > 0 else square)
         if self.log_ratio is not None:
