@@ -34,9 +34,9 @@ def number(name: str, value: Any, *, above: float = -np.inf, at_least: float = -
     if at_least > -np.inf:
         wanted += f" >= {at_least:g}"
     try:
-        out = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected {wanted}, got {_short(value)}") from None
+        out = np.nan if isinstance(value, (str, bytes, bool)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        out = np.nan
     if not np.isfinite(out) or out <= above or out < at_least:
         raise ValueError(f"{name}: expected {wanted}, got {_short(value)}")
     return out
@@ -81,9 +81,17 @@ def _short(value: Any) -> str:
     return " ".join(repr(value).split())[:80]
 
 
+def instance(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """ValueError unless `value` is of the kind that `what` describes."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {what}, got {type(value).__name__}")
+
+
 def returned(name: str, out: Array, shape: tuple[int, ...]) -> Array:
     """What a user's function returned, checked for shape and finiteness."""
     out = np.asarray(out)
+    if out.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: expected to return real numbers, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{name}: expected to return shape {shape}, got {out.shape}")
     if not np.all(np.isfinite(out)):

@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command: Verify | Zoo = tyro.cli(Command, args=given, prog="ctrl", description=ctrl.__doc__)  # type: ignore[arg-type]
     try:
+        if "--only" in given and isinstance(command, Verify) and not command.only:
+            raise ValueError("only: expected at least one theorem, got none")
         return command.run()
     except ModuleNotFoundError as error:
         print(f"ctrl: error: {missing(error.name or '')}", file=sys.stderr)

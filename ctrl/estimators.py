@@ -35,6 +35,7 @@ from ctrl.schedule import Coefficients, TimeGrid
 
 SAMPLES_LIMIT = 256 * 2**20
 CHUNK_BYTES = 32 * 2**20
+COVARIANCE_LIMIT = 4 * 2**30
 
 
 class ValueFunction(Protocol):
@@ -70,13 +71,13 @@ class Gradient:
     @classmethod
     def from_samples(cls, samples: Array, weights: Array | None = None) -> Gradient:
         """From per-path samples (n, p); weights (n,) when the noise was a quadrature rule."""
-        samples = np.asarray(samples, dtype=np.float64)
-        if samples.ndim != 2 or len(samples) == 0:
+        samples = check.array("samples", samples, (None, None), "(n, p)")
+        if len(samples) == 0:
             raise ValueError(f"samples: expected shape (n, p) with n >= 1, got {samples.shape}")
-        if not np.all(np.isfinite(samples)):
-            raise ValueError(f"samples: expected finite numbers, got {np.count_nonzero(~np.isfinite(samples))} NaN or infinite")
-        if weights is not None and np.shape(weights) != (len(samples),):
-            raise ValueError(f"weights: expected shape ({len(samples)},), got {np.shape(weights)}")
+        if weights is not None:
+            weights = check.array("weights", weights, (len(samples),), f"({len(samples)},)")
+            if weights.sum() <= 0:
+                raise ValueError(f"weights: expected a positive sum, got {weights.sum():g}")
         moments = _Moments(samples.shape[1])
         moments.add(samples, weights)
         return moments.gradient(samples, exact=weights is not None)
@@ -86,6 +87,9 @@ class _Moments:
     """Running mean and scatter of vectors, merged block by block (Chan, Golub and LeVeque)."""
 
     def __init__(self, p: int) -> None:
+        if 16 * p * p > COVARIANCE_LIMIT:
+            raise ValueError(f"policy: expected few enough parameters for a (p, p) covariance within {COVARIANCE_LIMIT / 2**30:.0f} GiB, "
+                             f"got p = {p} ({16 * p * p / 2**30:.1f} GiB)")
         self.weight, self.count, self.mean, self.scatter = 0.0, 0, np.zeros(p), np.zeros((p, p))
 
     def add(self, samples: Array, weights: Array | None) -> None:
@@ -189,8 +193,12 @@ class Run:
 
 def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Iterator[Run]:
     """The paths in chunks whose trajectories fit in CHUNK_BYTES; an even number of units, for estimators that pair paths."""
+    check.instance("problem", problem, Problem, "a ctrl.Problem")
+    problem.check_types(policy, grid)
+    check.instance("noise", noise, NoiseLike, "a ctrl.Noise or one of its kind")
     unit = 2 * noise.group
-    size = max(1, CHUNK_BYTES // (8 * problem.dim * (grid.steps + 1)) // unit) * unit
+    width = max(problem.dim * (grid.steps + 1), policy.theta.size)
+    size = max(1, CHUNK_BYTES // (8 * width) // unit) * unit
     for first in range(0, noise.paths, size):
         part = noise[first : first + size]
         yield Run(problem, policy, grid, part, simulate(problem, policy, grid, part, trajectory=True))
@@ -220,6 +228,8 @@ class Estimator(ABC):
         """u_i, (n, N, d)."""
 
     def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
+        check.instance("problem", problem, Problem, "a ctrl.Problem")
+        problem.check_types(policy, grid)
         if self.needs_diffusion:
             problem.require_path_kl()
         batches = (self.samples(run) for run in runs(problem, policy, grid, noise))
@@ -264,6 +274,8 @@ class ScoreFunction(Estimator):
 
     def __post_init__(self) -> None:
         b = self.baseline
+        if isinstance(b, type):
+            raise ValueError(f"baseline: expected None, a number, LeaveOneOut() or b(i, x), got the class {b.__name__}")
         if not (b is None or isinstance(b, LeaveOneOut) or callable(b)):
             object.__setattr__(self, "baseline", check.number("baseline", b))
 
@@ -276,7 +288,8 @@ class ScoreFunction(Estimator):
         b = self.baseline
         level: Array | float = 0.0
         if callable(b):
-            level = np.stack([run._discounts[i] * b(i, run.states[:, i]) for i in range(run.grid.steps)], axis=1)
+            at = (check.returned("baseline", b(i, run.states[:, i]), (len(run.states),)) for i in range(run.grid.steps))
+            level = run.coefficients.discount * np.stack(list(at), axis=1)
         elif isinstance(b, float):
             level = b
         return self._weighted(run, self.returns(run) - level)
@@ -438,7 +451,7 @@ class FiniteDifference:
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        check.number("epsilon", self.epsilon, above=0)
+        object.__setattr__(self, "epsilon", check.number("epsilon", self.epsilon, above=0))
 
     def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
         p = policy.theta.size

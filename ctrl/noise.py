@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from ctrl.schedule import TimeGrid
 
 MAX_PATTERNS = 2**22
+MAX_NODES = 100  # beyond about 180 the weights of the rule overflow
 
 
+@runtime_checkable
 class NoiseLike(Protocol):
     """What `simulate` and the estimators ask of noise, random or quadrature."""
 
@@ -142,7 +144,9 @@ class Noise:
 
         Source: theory.md, section 7.   Checked: tests/test_noise.py::test_gauss_hermite_degree
         """
-        x, w = np.polynomial.hermite_e.hermegauss(check.integer("nodes", nodes, at_least=1))
+        if check.integer("nodes", nodes, at_least=1) > MAX_NODES:
+            raise ValueError(f"nodes: expected at most {MAX_NODES}, got {nodes}")
+        x, w = np.polynomial.hermite_e.hermegauss(nodes)
         return _quadrature(problem, policy, grid, x, w / w.sum())
 
     def _normals(self, stream: int, k: int, d: int) -> Array:
@@ -262,6 +266,14 @@ class QuadratureNoise:
         for variable in range(self.variables):
             out *= self.node_weights[self._digit(variable)]
         return out * self.components[self._component()]
+
+    def require(self, problem: Problem, policy: Policy, grid: TimeGrid) -> None:
+        """ValueError unless the rule was made for this kind of chain: a rule for another one integrates nothing."""
+        made = (self.dim, self.grid_steps, self.has_steps, self.has_actions)
+        wanted = (problem.dim, grid.steps, problem.eta > 0, policy.exploration is not None)
+        if made != wanted:
+            raise ValueError(f"noise: expected a quadrature rule made for this problem, policy and grid (dimension, steps, noise, sampled "
+                             f"actions) = {wanted}, got one for {made}")
 
     def start(self, d: int) -> Array:
         """Nodes of the start normals, (n, d)."""

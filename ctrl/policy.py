@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from ctrl import check
 from ctrl.check import Array
 from ctrl.laws import GaussianMixture, Law, noised_law, noised_laws
-from ctrl.reward import complex_step
+from ctrl.reward import FEW, complex_step, require_analytic
 from ctrl.schedule import Schedule, TimeGrid
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class AffinePolicy(Policy):
     def __post_init__(self) -> None:
         k = check.array("k", self.k, (None, None), "(N, d)")
         steps, d = k.shape
+        if k.size == 0:
+            raise ValueError(f"k: expected at least one step and one coordinate, got shape {k.shape}")
         object.__setattr__(self, "k", k)
         object.__setattr__(self, "K", check.array("K", self.K, (steps, d, d), f"({steps}, {d}, {d})"))
         if self.exploration is not None:
@@ -370,6 +372,7 @@ class MixturePolicy(Policy):
     def __post_init__(self) -> None:
         if not isinstance(self.law, GaussianMixture):
             raise ValueError(f"law: expected a GaussianMixture, got {type(self.law).__name__}")
+        check.instance("schedule", self.schedule, Schedule, "a noising schedule")
         object.__setattr__(self, "exploration", _exploration(self.exploration, self.law.dim))
 
     @property
@@ -450,19 +453,28 @@ class CallablePolicy(Policy):
         return CallablePolicy(self.action, self.theta, self.theta_jacobian, self.x_jacobian, exploration, self.state_dim)
 
     def mean(self, grid: TimeGrid, i: int, x: Array) -> Array:
-        return check.returned("action", self.action(float(grid.times[i]), x, self.theta), x.shape)
+        return check.returned("action", self.action(float(grid.times[i]), x.copy(), self.theta), x.shape)
 
     def jacobian_x(self, grid: TimeGrid, i: int, x: Array) -> Array:
         t, (n, d) = float(grid.times[i]), x.shape
         if self.x_jacobian is not None:
             return check.returned("jacobian_x", self.x_jacobian(t, x, self.theta), (n, d, d))
-        return np.stack([complex_step("action", lambda z: self.action(t, z, self.theta), x, j, x.shape) for j in range(d)], axis=2)
+
+        def action(z: Array) -> Array:
+            return self.action(t, z, self.theta)
+
+        columns = [complex_step("action", action, x, j, x.shape) for j in range(d)]
+        for j, column in enumerate(columns):
+            require_analytic("action", action, x[:FEW], j, column[:FEW])
+        return np.stack(columns, axis=2)
 
     def jacobian_theta(self, grid: TimeGrid, i: int, x: Array) -> Array:
         t, p = float(grid.times[i]), self.theta.size
         if self.theta_jacobian is not None:
             return check.returned("jacobian_theta", self.theta_jacobian(t, x, self.theta), (*x.shape, p))
         columns = [complex_step("action", lambda z: self.action(t, x, z), self.theta, j, x.shape) for j in range(p)]
+        for j, column in enumerate(columns):
+            require_analytic("action", lambda z: self.action(t, x[:FEW], z), self.theta, j, column[:FEW])
         return np.stack(columns, axis=2)
 
     def add_vjp(self, out: Array, grid: TimeGrid, i: int, x: Array, u: Array) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from ctrl import check
 from ctrl.check import Array
-from ctrl.laws import Gaussian, GaussianMixture, Law, StartNoise, noised_law, noised_laws
+from ctrl.laws import Gaussian, GaussianMixture, Law, StartNoise, noised_law
 from ctrl.policy import AffinePolicy, CallablePolicy, MixturePolicy, Policy
 from ctrl.reward import Reward
 from ctrl.schedule import Coefficients, Schedule, TimeGrid
@@ -83,6 +83,7 @@ class Problem:
 
     def pretrained(self, grid: TimeGrid) -> AffinePolicy | MixturePolicy:
         """The pre-trained policy mu = s: affine per step for Gaussian data, the data's own mixture otherwise."""
+        self.coefficients(grid)
         return _pretrained(self.schedule, self.data, grid)
 
     @cached_property
@@ -163,6 +164,6 @@ def _pretrained(schedule: Schedule, data: Law, grid: TimeGrid) -> AffinePolicy |
 def _pretrained(schedule: Schedule, data: Law, grid: TimeGrid) -> AffinePolicy | MixturePolicy:
     if isinstance(data, GaussianMixture):
         return MixturePolicy(schedule, data)
-    laws = noised_laws(schedule, data, grid)
-    precision = np.linalg.inv(np.stack([law.cov for law in laws]))
-    return AffinePolicy(K=-precision, k=np.einsum("kij,kj->ki", precision, np.stack([law.mean for law in laws])))
+    alpha, v = (np.array(c) for c in zip(*((schedule.alpha(tau), schedule.v(tau)) for tau in map(schedule.tau, grid.times[:-1])), strict=True))
+    precision = np.linalg.inv(alpha[:, None, None] ** 2 * data.cov + v[:, None, None] * np.eye(data.dim))
+    return AffinePolicy(K=-precision, k=np.einsum("k,kij,j->ki", alpha, precision, data.mean))

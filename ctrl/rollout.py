@@ -15,7 +15,7 @@ from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Scores, Words, 
 from ctrl.kernels.normals import LANES
 from ctrl.kernels.threads import over_paths
 from ctrl.laws import Gaussian, GaussianMixture, Law
-from ctrl.noise import Noise, NoiseLike
+from ctrl.noise import Noise, NoiseLike, QuadratureNoise
 from ctrl.policy import Parts, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import TimeGrid
@@ -70,8 +70,15 @@ def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike,
     Exact for the chain; against the continuous law the chain is of weak order 1.
     Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_chain_is_its_specification
     """
+    check.instance("problem", problem, Problem, "a ctrl.Problem")
+    check.instance("noise", noise, NoiseLike, "a ctrl.Noise or one of its kind")
     problem.check_policy(policy, grid)
-    kind = np.dtype(dtype)
+    if isinstance(noise, QuadratureNoise):
+        noise.require(problem, policy, grid)
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype: expected float64 or float32, got {dtype!r:.80}") from None
     if kind not in (np.dtype(np.float64), np.dtype(np.float32)):
         raise ValueError(f"dtype: expected float64 or float32, got {kind}")
     if threads is not None:
@@ -106,11 +113,15 @@ class _Chain:
         steps, d = self.grid.steps, self.problem.dim
         x = np.array(self.problem.initial(noise), dtype=self.dtype, order="C")
         states = np.empty((noise.paths if trajectory else 0, steps + 1, d), self.dtype)
-        if self.coefficients is not None and isinstance(noise, Noise) and not trajectory:
+        if self.coefficients is not None and isinstance(noise, Noise):
             empty = np.empty((0, steps, d), self.dtype)
             sums = self._kernel(x, Words(np.uint64(noise.seed), np.uint64(noise.first), int(noise.antithetic)),
                                 Given(empty, empty), states)
-            return x, sums, None, None, None
+            if not trajectory:
+                return x, sums, None, None, None
+            xi = noise.steps(steps, d).astype(self.dtype, copy=False)
+            z = None if self.factor is None else noise.actions(steps, d).astype(self.dtype, copy=False)
+            return x, sums, states, xi, self._actions(states, z)
         xi = noise.steps(steps, d).astype(self.dtype, copy=False)
         z = None if self.factor is None else noise.actions(steps, d).astype(self.dtype, copy=False)
         if self.coefficients is not None:

@@ -6,9 +6,10 @@ A file names classes of this library only and never runs code; callables cannot 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
@@ -32,16 +33,20 @@ def save(thing: Any, path: str | Path) -> None:
 
     Source: theory.md, section 1 (what is stored).   Checked: tests/test_storage.py::test_round_trip
     """
-    path = Path(path)
-    arrays: dict[str, np.ndarray] = {}
+    path, arrays = Path(path), dict[str, np.ndarray]()
+    if type(thing) not in STORABLE:
+        _refuse(thing)
     tree = _encode(thing, arrays if path.suffix == ".npz" else None)
-    if path.suffix == ".json":
-        path.write_text(json.dumps({"format": FORMAT, "object": tree}, indent=1) + "\n")
-    elif path.suffix == ".npz":
-        with path.open("wb") as file:
-            np.savez(file, tree=json.dumps({"format": FORMAT, "object": tree}), **arrays)  # type: ignore[arg-type]
-    else:
+    if path.suffix not in (".json", ".npz"):
         raise ValueError(f"path: expected a name ending in .json or .npz, got {path.name}")
+    content = {"format": FORMAT, "object": tree}
+    partial = path.with_name(f".{path.name}.partial")
+    if path.suffix == ".json":
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+    else:
+        with partial.open("wb") as file:
+            np.savez(file, tree=json.dumps(content), **arrays)  # type: ignore[arg-type]
+    os.replace(partial, path)
 
 
 def load(path: str | Path) -> Any:
@@ -64,15 +69,26 @@ def load(path: str | Path) -> Any:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
         tree = record["object"]
-        return _decode(tree, arrays)
-    except (KeyError, TypeError, AttributeError, ValueError, EOFError, BadZipFile) as error:
+        thing = _decode(tree, arrays)
+        if type(thing) not in STORABLE:
+            raise ValueError(f"a {type(thing).__name__}")
+        return thing
+    except FileNotFoundError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, BadZipFile, OSError, NotImplementedError, RecursionError,
+            OverflowError) as error:
         raise ValueError(f"path: expected a file written by ctrl.save, got {path.name} ({error})") from None
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise ValueError(f"thing: expected an object made of this library's stored types, got {type(value).__name__} "
+                     "(Python functions cannot be written to a file; for time functions use ctrl.policy.Monomials or TimeBins)")
 
 
 def _encode(value: Any, arrays: dict[str, np.ndarray] | None) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype == np.float64:
         if arrays is None:
             return {"array": value.tolist()}
         arrays[name := f"array_{len(arrays)}"] = value
@@ -80,8 +96,7 @@ def _encode(value: Any, arrays: dict[str, np.ndarray] | None) -> Any:
     if isinstance(value, tuple):
         return {"tuple": [_encode(v, arrays) for v in value]}
     if type(value) not in STORABLE:
-        raise ValueError(f"thing: expected an object made of this library's stored types, got {type(value).__name__} "
-                         "(Python functions cannot be written to a file; for time functions use ctrl.policy.Monomials or TimeBins)")
+        _refuse(value)
     return {"type": type(value).__name__, "fields": {f.name: _encode(getattr(value, f.name), arrays) for f in fields(value)}}
 
 

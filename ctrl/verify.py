@@ -81,7 +81,8 @@ class Progress:
         try:
             earlier = json.loads(path.read_text())
             rows = json.loads((self.folder / "verdicts.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            pairs = [(row["theorem"], row["problem"]) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: expected a readable earlier run in {self.folder}, got {error}") from None
         differing = [key for key, value in self.identity.items() if earlier.get(key) != value]
         if differing:
@@ -90,8 +91,7 @@ class Progress:
         self.done = earlier["done"]
         names = {f.name for f in fields(Verdict)}
         finished = {tuple(pair) for pair in self.done}
-        self.rows = [Verdict(**{k: v for k, v in row.items() if k in names}) for row in rows
-                     if (row["theorem"], row["problem"]) in finished]
+        self.rows = [Verdict(**{k: v for k, v in row.items() if k in names}) for row, pair in zip(rows, pairs, strict=True) if pair in finished]
 
 
 def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: TextIO | None = None) -> list[Verdict]:
@@ -231,10 +231,10 @@ def user_problem(reference: str) -> tuple[str, Problem]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+        found = getattr(module, name, None)
+        problem = found() if callable(found) else found
+    except (Exception, SystemExit) as error:
         raise ValueError(f"problem: expected {path.name} to run, got {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    problem = found() if callable(found) else found
     if not isinstance(problem, Problem):
         raise ValueError(f"problem: expected {name} in {path.name} to be a ctrl.Problem (or to return one), got {type(problem).__name__}")
     return name, problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from ctrl import check
 from ctrl.exact import chain as chain
 from ctrl.exact import limit as limit
 from ctrl.exact import quadrature as quadrature
@@ -24,6 +25,7 @@ from ctrl.schedule import TimeGrid
 
 
 def _method(problem: Problem, policy: Policy, grid: TimeGrid) -> ModuleType:
+    check.instance("problem", problem, Problem, "a ctrl.Problem")
     problem.check_types(policy, grid)
     if chain.applies(problem, policy, grid):
         return chain

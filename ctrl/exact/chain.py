@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ctrl import check
 from ctrl.check import Array
 from ctrl.exact.truth import Advantage, ExactGradient, Terminal, Truth, Value
 from ctrl.laws import LOG_2PI, Gaussian
@@ -173,16 +174,25 @@ class QuadraticValue(Value):
 
     chain: LinearChain
 
+    def _at(self, i: int, x: Array, last: int) -> Array:
+        """The states, after checking the step: 0 <= i <= last."""
+        if check.integer("i", i, at_least=0) > last:
+            raise ValueError(f"i: expected a step in 0 ... {last}, got {i}")
+        return check.points("x", x, self.chain.problem.dim)
+
     def __call__(self, i: int, x: Array) -> Array:
+        x = self._at(i, x, self.chain.grid.steps)
         S, w, z = (v[i] for v in self.chain.values)
         return -0.5 * np.einsum("ni,ij,nj->n", x, S, x) + x @ w + z
 
     def gradient(self, i: int, x: Array) -> Array:
+        x = self._at(i, x, self.chain.grid.steps)
         S, w, _ = self.chain.values
         return w[i] - x @ S[i]
 
     def action_value(self, i: int, x: Array, a: Array) -> Array:
         problem, grid = self.chain.problem, self.chain.grid
+        x, a = self._at(i, x, grid.steps - 1), check.points("a", a, problem.dim)
         co = problem.coefficients(grid)
         mean = x + (-co.f[i] * x + co.h[i] * a) * co.dt[i]
         cost = problem.kl_weight * co.kappa[i] * co.dt[i] * np.sum((a - problem.score(float(grid.times[i]), x)) ** 2, axis=1)
@@ -240,6 +250,7 @@ def optimum(problem: Problem, grid: TimeGrid) -> Optimum:
     Assumes Gaussian data, a quadratic reward, kl_weight > 0; ValueError where M is not positive (unbounded objective).
     Source: theory.md, section 9.   Checked: tests/test_chain.py::test_optimum_is_stationary_and_best
     """
+    check.instance("problem", problem, Problem, "a ctrl.Problem")
     pre = problem.pretrained(grid)
     if not isinstance(pre, AffinePolicy) or problem.reward.quadratic(problem.dim) is None:
         raise ValueError("problem: expected Gaussian data and a quadratic reward for the exact optimum, got "

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ctrl import check
 from ctrl.check import Array
 from ctrl.policy import Policy
 from ctrl.problem import Problem
@@ -109,6 +110,9 @@ class Advantage:
     value: Value
 
     def __call__(self, i: int, x: Array, a: Array) -> Array:
+        if check.integer("i", i, at_least=0) >= self.grid.steps:
+            raise ValueError(f"i: expected a step in 0 ... {self.grid.steps - 1}, got {i}")
+        x, a = check.points("x", x, self.problem.dim), check.points("a", a, self.problem.dim)
         c = self.problem.coefficients(self.grid)
         mu = self.policy.mean(self.grid, i, x)
         s = self.problem.score(float(self.grid.times[i]), x)
