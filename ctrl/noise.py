@@ -268,12 +268,12 @@ class QuadratureNoise:
         return out * self.components[self._component()]
 
     def require(self, problem: Problem, policy: Policy, grid: TimeGrid) -> None:
-        """ValueError unless the rule was made for this kind of chain: a rule for another one integrates nothing."""
-        made = (self.dim, self.grid_steps, self.has_steps, self.has_actions)
-        wanted = (problem.dim, grid.steps, problem.eta > 0, policy.exploration is not None)
-        if made != wanted:
-            raise ValueError(f"noise: expected a quadrature rule made for this problem, policy and grid (dimension, steps, noise, sampled "
-                             f"actions) = {wanted}, got one for {made}")
+        """ValueError where the rule lacks what the chain draws: zeros would pass for noise. More variables than needed do no harm."""
+        lacking = (problem.eta > 0 and not self.has_steps) or (policy.exploration is not None and not self.has_actions)
+        if lacking or (self.dim, self.grid_steps) != (problem.dim, grid.steps):
+            raise ValueError("noise: expected a quadrature rule made for this problem, policy and grid (dimension, steps, step noise, "
+                             f"sampled actions) = ({problem.dim}, {grid.steps}, {problem.eta > 0}, {policy.exploration is not None}), got one "
+                             f"for ({self.dim}, {self.grid_steps}, {self.has_steps}, {self.has_actions})")
 
     def start(self, d: int) -> Array:
         """Nodes of the start normals, (n, d)."""

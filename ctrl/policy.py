@@ -212,6 +212,10 @@ class Basis(ABC):
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         """Cotangents K (..., d, d), k (..., d) -> (..., p)."""
 
+    def origin(self, theta: Array) -> Array:
+        """The parameters at which nothing is added, (p,)."""
+        return np.zeros_like(theta)
+
 
 @dataclass(frozen=True, eq=False)
 class FunctionBasis(Basis):
@@ -261,6 +265,9 @@ class ScaleBasis(Basis):
 
     def apply(self, t: float, theta: Array) -> tuple[Array, Array]:
         return (theta[0] - 1.0) * self.problem.affine_score(t)[0], theta[1:]
+
+    def origin(self, theta: Array) -> Array:
+        return np.eye(theta.size)[0]
 
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         along = np.einsum("ij,...ij->...", self.problem.affine_score(t)[0], K)

@@ -219,7 +219,11 @@ class CallableReward(Reward):
         object.__setattr__(self, "derivative", gradient)
 
     def value(self, x: Array) -> Array:
-        return check.returned("reward", self.function(x), (len(x),))
+        try:
+            out = self.function(x)
+        except Exception as error:
+            raise ValueError(f"reward: expected a function of states (n, {x.shape[1]}), got {type(error).__name__}: {error}") from error
+        return check.returned("reward", out, (len(x),))
 
     def gradient(self, x: Array) -> Array:
         if self.derivative is not None:

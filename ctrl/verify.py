@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import current_process
 from pathlib import Path
@@ -57,7 +58,9 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """What must agree before a run is resumed."""
-        return {"quick": self.quick, "problem": self.problem, "seed": self.seed, "versions": versions()}
+        file = Path(self.problem.rpartition(":")[0]) if self.problem else None
+        content = sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None
+        return {"quick": self.quick, "problem": self.problem, "content": content, "seed": self.seed, "versions": versions()}
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Progress:
         if not path.exists():
             return
         try:
-            earlier = json.loads(path.read_text())
+            earlier = dict(json.loads(path.read_text()))
             rows = json.loads((self.folder / "verdicts.json").read_text())
             pairs = [(row["theorem"], row["problem"]) for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -133,7 +136,7 @@ def _run(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Case],
                 tqdm.write(_line(row, width), file=stream)
                 stream.flush()
             progress.done.append([name, case_name])
-            progress.rows.sort(key=lambda row: order[row.theorem, row.problem])
+            progress.rows.sort(key=lambda row: order.get((row.theorem, row.problem), -1))  # rows of other theorems, resumed, first
             progress.write()
             bar.update()
             bar.set_description(f"{name} on {case_name}")
@@ -165,8 +168,21 @@ def _in_worker(function: Callable[[Theorem, Case], Any], theorem: Theorem, setti
 
 def _checked(theorem: Theorem, case: Case) -> tuple[str, str, Iterable[Verdict]]:
     """The verdicts of one pair; a list, so that it can come from another process, or rows as they come in this one."""
-    rows = _timed(theorem.checks(case))
+    rows = _rows(theorem, case)
     return theorem.name, case.name, rows if current_process().name == "MainProcess" else list(rows)
+
+
+def _rows(theorem: Theorem, case: Case) -> Iterator[Verdict]:
+    """Timed verdicts on one BLAS thread (so that sums round alike); on a user's problem what does not apply is skipped, and why."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        try:
+            yield from _timed(theorem.checks(case))
+        except ValueError as error:
+            if not case.own or str(error).startswith(("reward", "action")):
+                raise
+            yield theorem.skipped(case, f"the rest does not apply: {error}")
 
 
 def _cores() -> int:
@@ -188,15 +204,21 @@ def _figures(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Ca
     drawable = next((case for case in cases if case.linear), None)
     if drawable is None:
         return []
-    drawn = _side_by_side(settings, [(_drawn, theorem, drawable) for theorem in theorems])
-    paths = [settings.out / f"{theorem.name}.png" for theorem in theorems]
-    for name, pixels in drawn:
-        (settings.out / f"{name}.png").write_bytes(pixels)
+    drawn = dict(_side_by_side(settings, [(_drawn, theorem, drawable) for theorem in theorems]))
+    paths = [settings.out / f"{theorem.name}.png" for theorem in theorems if drawn[theorem.name]]
+    for path in paths:
+        path.write_bytes(drawn[path.stem])
     return paths
 
 
 def _drawn(theorem: Theorem, case: Case) -> tuple[str, bytes]:
-    return theorem.name, png(theorem.figure(case))
+    """(name, PNG), empty where a user's problem does not have what the figure shows."""
+    try:
+        return theorem.name, png(theorem.figure(case))
+    except ValueError:
+        if not case.own:
+            raise
+        return theorem.name, b""
 
 
 def _chosen(settings: Settings, theorems: Sequence[Theorem]) -> list[Theorem]:
@@ -211,7 +233,7 @@ def _cases(settings: Settings) -> list[Case]:
     if settings.problem is None:
         return [Case(make.__name__, make(), settings.quick, settings.seed) for make in zoo.PROBLEMS]
     name, problem = user_problem(settings.problem)
-    return [Case(name, problem, settings.quick, settings.seed)]
+    return [Case(name, problem, settings.quick, settings.seed, own=True)]
 
 
 def user_problem(reference: str) -> tuple[str, Problem]:
@@ -225,16 +247,20 @@ def user_problem(reference: str) -> tuple[str, Problem]:
         raise ValueError(f"problem: expected FILE.py:NAME, got {reference!r}")
     if not path.is_file():
         raise ValueError(f"problem: expected an existing file, got {file!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"ctrl_user_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"problem: expected a Python file, got {file!r}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickles of the file look for it
+    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
         found = getattr(module, name, None)
         problem = found() if callable(found) else found
     except (Exception, SystemExit) as error:
         raise ValueError(f"problem: expected {path.name} to run, got {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
     if not isinstance(problem, Problem):
         raise ValueError(f"problem: expected {name} in {path.name} to be a ctrl.Problem (or to return one), got {type(problem).__name__}")
     return name, problem

@@ -235,7 +235,7 @@ class AdvantageRate(Theorem):
         collapse = self.limit(case, dt, spread_Q, 0.0, f"{where}Q for q: its spread over actions collapses")
         yield as_planted(collapse)
         if case.linear:
-            yield self.exact(case, *self._continuous(at), 0.02, f"{where}(Q - V)/D extrapolated to D = 0 is q of continuous V")
+            yield self.exact(case, *self._continuous(at), 1e-4, f"{where}(Q - V)/D extrapolated to D = 0 is q of continuous V")
         if case.problem.eta != 1:
             error = rate_errors(case, at.policy, gain="g2")[1]
             yield as_planted(self.limit(case, dt, error, 1.0, f"{where}g² for h in q"))

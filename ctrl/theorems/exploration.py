@@ -123,6 +123,12 @@ class Exploration(Theorem):
                  "E|X_sampled - X_mean|² = O(D), law gap O(D), J_sampled - J_mean → -λ ∫ κ tr Σ dt.")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
+        if case.problem.kl_weight == 0:
+            yield self.skipped(case, "lambda = 0: sampling is charged nothing")
+            return
+        if case.problem.discount > 0:
+            yield self.skipped(case, "discount: the theorem is tried without it")
+            case = case.at(case.problem.eta, discount=0.0)
         if case.linear:
             yield from self._signs(case)
             yield from self._recursion(case)

@@ -82,7 +82,7 @@ def _components(law: Law) -> tuple[Array, Array]:
 
 
 def log_density_rate(problem: Problem, t: float, x: Array) -> Array:
-    r"""d/dt log p_{T-t}(x) from the closed form of the noised law, (n, d) -> (n,); no score and no generation SDE in it.
+    r"""d/dt log p_{T-t}(x) from the moments of the noised law and their rates, (n, d) -> (n,); no generation SDE in it.
 
         d/dtau log p = sum_j rho_j [ -1/2 tr(C_j^-1 C_j') + 1/2 y'C_j^-1 C_j' C_j^-1 y + y'C_j^-1 m_j' ],   y = x - m_j
         m_j' = f m_j,   C_j' = 2 f C_j + g^2 I,      d/dt = -d/dtau
@@ -98,6 +98,20 @@ def log_density_rate(problem: Problem, t: float, x: Array) -> Array:
     rates = -0.5 * trace + 0.5 * np.einsum("nki,kij,nkj->nk", pull, cov_rate, pull) + f * np.einsum("nki,ki->nk", pull, means)
     weight = law.responsibilities(x) if isinstance(law, GaussianMixture) else np.ones((len(x), 1))
     return -np.sum(weight * rates, axis=1)
+
+
+def rates_in_time(problem: Problem, noise: Noise) -> tuple[Array, Array]:
+    """d/dt log p at points of the marginal: from f and g^2, and by Richardson differences of the noised law, which knows alpha and v."""
+    T, rates, differences = problem.horizon, [], []
+    for t in (0.2 * T, 0.5 * T, 0.8 * T):
+        x = problem.marginal(t).sample(noise)
+
+        def slope(h: float, t: float = t, x: Array = x) -> Array:
+            return (problem.marginal(t + h).log_density(x) - problem.marginal(t - h).log_density(x)) / (2 * h)
+
+        rates.append(log_density_rate(problem, t, x))
+        differences.append((4 * slope(5e-4 * T) - slope(1e-3 * T)) / 3)
+    return np.concatenate(rates), np.concatenate(differences)
 
 
 def residual(problem: Problem, t: float, x: Array, rule: Rule = generation) -> Array:
@@ -215,6 +229,8 @@ class Reversal(Theorem):
 
     def _pointwise(self, case: Case) -> Iterator[Verdict]:
         """The Fokker-Planck equation at points, for any law in any dimension; and what it rejects."""
+        rate, difference = rates_in_time(case.problem, case.noise("rates", paths=32))
+        yield self.exact(case, rate, difference, 1e-7, "d/dt log p from f and g against differences of p_(T-t) itself (alpha and v)")
         for eta in dict.fromkeys((*ETAS, case.problem.eta)):
             problem, noise = case.at(eta).problem, case.at(eta).noise("points", paths=32 if case.quick else 128)
             what = f"{_at(eta)}Fokker-Planck residual of p_(T-t) at points, relative to its terms"
