@@ -27,7 +27,7 @@ import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
-from ctrl.noise import NoiseLike
+from ctrl.noise import NoiseLike, require_noise
 from ctrl.policy import Policy
 from ctrl.problem import Problem
 from ctrl.rollout import Paths, simulate
@@ -195,7 +195,7 @@ def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> 
     """The paths in chunks whose trajectories fit in CHUNK_BYTES; an even number of units, for estimators that pair paths."""
     check.instance("problem", problem, Problem, "a ctrl.Problem")
     problem.check_types(policy, grid)
-    check.instance("noise", noise, NoiseLike, "a ctrl.Noise or one of its kind")
+    require_noise(noise)
     unit = 2 * noise.group
     width = max(problem.dim * (grid.steps + 1), policy.theta.size)
     size = max(1, CHUNK_BYTES // (8 * width) // unit) * unit
@@ -230,6 +230,7 @@ class Estimator(ABC):
     def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
         check.instance("problem", problem, Problem, "a ctrl.Problem")
         problem.check_types(policy, grid)
+        require_noise(noise)
         if self.needs_diffusion:
             problem.require_path_kl()
         batches = (self.samples(run) for run in runs(problem, policy, grid, noise))

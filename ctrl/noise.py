@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,7 +31,6 @@ MAX_PATTERNS = 2**22
 MAX_NODES = 100  # beyond about 180 the weights of the rule overflow
 
 
-@runtime_checkable
 class NoiseLike(Protocol):
     """What `simulate` and the estimators ask of noise, random or quadrature."""
 
@@ -55,6 +54,12 @@ class NoiseLike(Protocol):
     def component(self, weights: ArrayLike) -> Array: ...
 
     def __getitem__(self, part: slice) -> NoiseLike: ...
+
+
+def require_noise(noise: Any) -> None:
+    """ValueError unless `noise` can be asked for start and step normals."""
+    if not all(hasattr(noise, name) for name in ("paths", "start", "steps")):
+        raise ValueError(f"noise: expected a ctrl.Noise or one of its kind, got {type(noise).__name__}")
 
 
 @dataclass(frozen=True)

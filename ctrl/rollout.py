@@ -15,7 +15,7 @@ from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Scores, Words, 
 from ctrl.kernels.normals import LANES
 from ctrl.kernels.threads import over_paths
 from ctrl.laws import Gaussian, GaussianMixture, Law
-from ctrl.noise import Noise, NoiseLike, QuadratureNoise
+from ctrl.noise import Noise, NoiseLike, QuadratureNoise, require_noise
 from ctrl.policy import Parts, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import TimeGrid
@@ -71,7 +71,7 @@ def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike,
     Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_chain_is_its_specification
     """
     check.instance("problem", problem, Problem, "a ctrl.Problem")
-    check.instance("noise", noise, NoiseLike, "a ctrl.Noise or one of its kind")
+    require_noise(noise)
     problem.check_policy(policy, grid)
     if isinstance(noise, QuadratureNoise):
         noise.require(problem, policy, grid)
