@@ -20,7 +20,7 @@ def small(problem: ctrl.Problem, name: str = "small") -> Case:
 @pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
 def test_all_verdicts_hold(make):
     rows = list(PathKL().checks(small(make(), make.__name__)))
-    assert [row.reason for row in rows if row.holds is False] == []
+    assert [row.reason for row in rows if row.holds is False or "underpowered" in row.reason] == []
     assert {row.check for row in rows} >= {"exact", "monte_carlo", "limit", "planted", "skipped"}
     assert sum(row.check == "planted" for row in rows) >= 12
 

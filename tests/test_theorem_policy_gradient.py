@@ -18,7 +18,7 @@ def small(problem: ctrl.Problem, name: str = "small") -> Case:
 
 def test_all_verdicts_hold():
     rows = list(PolicyGradient().checks(small(zoo.gaussian_pull_2d(), "gaussian_pull_2d")))
-    assert [row.reason for row in rows if row.holds is False] == []
+    assert [row.reason for row in rows if row.holds is False or "underpowered" in row.reason] == []
     assert {row.check for row in rows} == {"exact", "monte_carlo", "limit", "planted", "skipped"}
     assert sum(row.check == "planted" for row in rows) >= 28
 
