@@ -45,6 +45,7 @@ def order_line(ax: Axes, x: Any, y: Any, label: str, index: int) -> None:
 
     slope = fitted_order(np.asarray(x), np.asarray(y)).slope
     ax.loglog(x, y, marker=MARKERS[index], linestyle=LINES[index], color=COLOURS[index], label=f"{label}: order {slope:.2f}")
+    log_ticks(ax, x, [f"{v:.2g}" for v in x])
 
 
 def log_ticks(ax: Axes, at: Any, labels: list[str]) -> None:
