@@ -158,7 +158,8 @@ def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Any]:
     from joblib import Parallel, delayed, parallel_config
 
     with parallel_config(backend="loky", inner_max_num_threads=1):
-        calls = (delayed(_in_worker)(function, theorem, settings, case.name) for function, theorem, case in tasks)
+        # The last theorems take longest: begun first, they do not leave one process working alone at the end.
+        calls = (delayed(_in_worker)(function, theorem, settings, case.name) for function, theorem, case in reversed(tasks))
         yield from Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)(calls)
 
 
