@@ -10,6 +10,7 @@ import pytest
 
 import ctrl
 from ctrl import cli
+from ctrl.evidence import mean_test
 from ctrl.schedule import Schedule
 from ctrl.theorems.verdict import Case, Theorem, Verdict
 from ctrl.verify import Settings, user_problem, verify
@@ -150,3 +151,35 @@ def test_a_verdict_is_a_plain_bool():
     row = Verdict("t", "p", "exact", np.float32(1), None, None, None, np.bool_(False), "why")
     assert row.holds is False and type(row.measured) is float
     json.dumps(row.record())
+
+
+def test_a_test_without_power_is_refused_and_a_missed_error_fails():
+    """Refused on any problem; a planted error that is missed fails on the zoo and is skipped, and said, on a user's problem."""
+    theorem, zoo_case = Counted("t"), Case("p", ctrl.zoo.gaussian_pull_2d(), quick=True, seed=0)
+    blunt = mean_test(ctrl.Noise(seed=0, paths=100).start(1)[:, 0], 0.0)
+    assert theorem.monte_carlo(zoo_case, blunt, 0.1, "x").holds is None
+    assert theorem.monte_carlo(zoo_case, blunt, 10.0, "x").holds is True
+    assert theorem.planted_sampled(zoo_case, blunt, "x").holds is False
+    assert theorem.planted_sampled(dataclasses.replace(zoo_case, own=True), blunt, "x").holds is None
+
+
+def test_a_problem_file_may_import_its_neighbours_and_is_known_by_its_content(tmp_path, monkeypatch):
+    (tmp_path / "neighbour.py").write_text("weight = 0.7\n")
+    path = tmp_path / "mine.py"
+    path.write_text("from neighbour import weight\n" + PROBLEM.replace("kl_weight=0.7", "kl_weight=weight"))
+    assert user_problem(f"{path}:mine")[1].kl_weight == 0.7
+    settings = dict(quick=True, problem=f"{path}:mine", out=tmp_path / "out", threads=1)
+    verify(Settings(**settings), [Counted("first")])
+    path.write_text(PROBLEM)
+    with pytest.raises(ValueError, match="resume: expected an earlier run with the same content"):
+        verify(Settings(**settings, resume=True), [Counted("first")])
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ("ctrl.CallableReward(lambda x: {}['a'])", "got KeyError"), ("ctrl.CallableReward(lambda x: x[:, 0] * np.nan)", "got 64 NaN or infinite")])
+def test_a_reward_that_fails_is_one_line_and_exit_code_2(tmp_path, capsys, body, said):
+    path = tmp_path / "bad.py"
+    path.write_text(f"import ctrl\nimport numpy as np\np = ctrl.Problem(ctrl.VP(), ctrl.Gaussian([0.5], [[0.4]]), {body}, 0.5)\n")
+    assert cli.main(["verify", "--quick", "--only", "path_kl", "--problem", f"{path}:p", "--out", str(tmp_path / "o"), "--threads", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "reward: expected" in error and "Traceback" not in error and error.count("\n") == 1

@@ -95,11 +95,18 @@ def wrong_rates(case: Case) -> list[tuple[str, Array, str]]:
     ]
 
 
-def kl_under(case: Case, run: Run) -> Array:
-    """The integrand |mu - s|^2 per path and step, (n, N), whatever policy the run was drawn from."""
-    steps = (case.policy.mean(case.grid, i, run.states[:, i]) - case.problem.score(float(t), run.states[:, i])
-             for i, t in enumerate(case.grid.times[:-1]))
-    return np.stack([np.sum(gap**2, axis=1) for gap in steps], axis=1)
+def departure_under(policy: Policy, run: Run) -> Array:
+    """mu - s of a policy at the states of a run, (n, N, d), whatever policy the run was drawn from."""
+    steps = enumerate(run.grid.times[:-1])
+    gaps = [policy.mean(run.grid, i, run.states[:, i]) - run.problem.score(float(t), run.states[:, i]) for i, t in steps]
+    return np.stack(gaps, axis=1)
+
+
+def log_ratio_under_pre(policy: Policy, run: Run) -> Array:
+    """log dP_theta/dP_pre = sum (u'xi - |u|^2/2), u = sqrt(2 kappa D)(mu - s), along P_pre paths, (n,), nats."""
+    c = run.coefficients
+    u = np.sqrt(2 * c.kappa * c.dt)[:, None] * departure_under(policy, run)
+    return np.sum(u * run.xi - 0.5 * u**2, axis=(1, 2))
 
 
 class PathKL(Theorem):
@@ -182,7 +189,7 @@ class PathKL(Theorem):
         paths = simulate(case.problem, mild, case.grid, case.noise("weights", case.paths))
         what = f"for a policy {float(paths.penalty.mean()):.2g} nats away"
         yield self.monte_carlo(case, mean_test(np.exp(-paths.log_weight), 1.0), 0.05, f"{tag}E_theta[dP_pre/dP_theta] = 1 {what}")
-        ratios = [self._log_ratio_under_pre(case, mild, run) for run in self._pre_runs(case, case.paths // 10)]
+        ratios = [log_ratio_under_pre(mild, run) for run in self._pre_runs(case, case.paths // 10)]
         yield self.monte_carlo(case, mean_test(np.exp(np.concatenate(ratios)), 1.0), 0.05, f"{tag}E_pre[dP_theta/dP_pre] = 1 {what}")
 
     def _ratios(self, case: Case, n: int) -> tuple[Array, Array]:
@@ -191,15 +198,6 @@ class PathKL(Theorem):
 
     def _pre_runs(self, case: Case, n: int) -> Iterator[Run]:
         return runs(case.problem, case.problem.pretrained(case.grid), case.grid, case.noise("under pre", n))
-
-    def _log_ratio_under_pre(self, case: Case, policy: Policy, run: Run) -> Array:
-        """sum (u'xi - |u|^2/2) along P_pre paths, (n,)."""
-        c, total = run.coefficients, np.zeros(len(run.states))
-        for i, t in enumerate(case.grid.times[:-1]):
-            x = run.states[:, i]
-            u = np.sqrt(2 * c.kappa[i] * c.dt[i]) * (policy.mean(case.grid, i, x) - case.problem.score(float(t), x))
-            total += np.sum(u * run.xi[:, i], axis=1) - 0.5 * np.sum(u**2, axis=1)
-        return total
 
     def _planted(self, case: Case, tag: str) -> Iterator[Verdict]:
         if case.linear:
@@ -218,7 +216,7 @@ class PathKL(Theorem):
                 yield self.skipped(case, f"{tag}{what}: invisible, {invisible}")
             else:
                 yield self.planted_sampled(case, mean_test(squared @ weight - target, 0.0), f"{tag}{what}")
-        under_pre = np.concatenate([kl_under(case, run) @ (c.kappa * c.dt) for run in self._pre_runs(case, n)])
+        under_pre = np.concatenate([np.sum(departure_under(case.policy, run) ** 2, axis=2) @ (c.kappa * c.dt) for run in self._pre_runs(case, n)])
         yield self.planted_sampled(case, mean_test(under_pre - target, 0.0), f"{tag}reverse KL, i.e. expectation over P_pre states")
         yield self.skipped(case, f"{tag}eta of the policy unlike eta of the reference: the joint law of a path is needed, i.e. Gaussian data")
 
