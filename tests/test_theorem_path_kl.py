@@ -65,3 +65,13 @@ def test_a_broken_rate_makes_the_theorem_fail(monkeypatch):
     failed = [row for row in rows if row.holds is False and row.check == "exact"]
     assert failed and all("measured" in row.reason and "against" in row.reason for row in failed)
     assert all("eta = 0.5" in row.reason for row in failed)
+
+
+def test_the_noise_form_sees_a_wrong_variance(monkeypatch):
+    """The half log-SNR rate is taken from alpha and v alone, so a v that does not belong to f and g shows."""
+    case = small(zoo.gaussian_pull_2d(0.7))
+    assert PathKL()._noise_form(case, "").holds is True
+    right = ctrl.VP.v
+    monkeypatch.setattr(ctrl.VP, "v", lambda self, tau: 0.99 * right(self, tau) + 0.01 * right(self, tau) ** 2)
+    row = PathKL()._noise_form(case, "")
+    assert row.holds is False and "measured" in row.reason
