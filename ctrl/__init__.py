@@ -12,14 +12,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Gaussian": "laws", "GaussianMixture": "laws",
-    "VP": "schedule", "VE": "schedule", "SubVP": "schedule", "OU": "schedule", "TimeGrid": "schedule",
+    "VP": "schedule", "VE": "schedule", "SubVP": "schedule", "OU": "schedule", "DiscreteVP": "schedule", "TimeGrid": "schedule",
     "QuadraticReward": "reward", "LinearReward": "reward", "BumpReward": "reward", "LogDensityReward": "reward",
     "ClassLogPosteriorReward": "reward", "CallableReward": "reward",
     "AffinePolicy": "policy", "BasisPolicy": "policy", "MixturePolicy": "policy", "CallablePolicy": "policy",
     "Problem": "problem", "Noise": "noise", "simulate": "rollout", "Gradient": "estimators",
     "save": "storage", "load": "storage",
 }
-_MODULES = ("estimators", "exact", "testing", "theorems", "verify", "zoo")
+_MODULES = ("estimators", "exact", "testing", "theorems", "torch", "verify", "zoo")
 
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ctrl import exact as exact
     from ctrl import testing as testing
     from ctrl import theorems as theorems
+    from ctrl import torch as torch
     from ctrl import verify as verify
     from ctrl import zoo as zoo
     from ctrl.estimators import Gradient as Gradient
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ctrl.schedule import OU as OU
     from ctrl.schedule import VE as VE
     from ctrl.schedule import VP as VP
+    from ctrl.schedule import DiscreteVP as DiscreteVP
     from ctrl.schedule import SubVP as SubVP
     from ctrl.schedule import TimeGrid as TimeGrid
     from ctrl.storage import load as load

@@ -1,14 +1,18 @@
-"""The command line: `ctrl verify`, `ctrl zoo`, `ctrl --version` (exit 0: all holds, 1: a verdict fails, 2: bad usage)."""
+"""The command line: `ctrl verify`, `ctrl zoo`, `ctrl finetune`, `ctrl compare` (exit 0: all holds, 1: a verdict or a run fails, 2: bad usage)."""
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -73,7 +77,52 @@ def _known(problem: ctrl.Problem, steps: int = 50) -> str:
     return line + f" (N = {steps})"
 
 
-Command = Annotated[Verify, tyro.conf.subcommand("verify")] | Annotated[Zoo, tyro.conf.subcommand("zoo")]
+@dataclass(frozen=True)
+class _Heavy:
+    """A command whose settings live with torch, which the other commands do without."""
+
+    module: str
+    name: str
+
+    def settings(self, arguments: Sequence[str], prog: str) -> Any:
+        kind = getattr(import_module(self.module), self.name)
+        return parsed(kind, arguments, prog, kind.__doc__)
+
+
+def parsed(kind: Any, arguments: Sequence[str], prog: str, description: str | None) -> Any:
+    """tyro's reading of the arguments; what it refuses, in a box of several lines, is a ValueError of one.
+
+    Source: design.md's contract (command line).   Checked: tests/test_cli.py::test_refused_arguments_are_one_line
+    """
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(kind, args=arguments, prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        words = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
+        said = " ".join(takewhile(lambda line: not line.startswith("─"), words)) or box.getvalue()
+        raise ValueError(re.sub(r"^Error parsing ([A-Z]\w*: )?", "", said)) from None
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a diffusion model of real images (ctrl finetune --help)."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the methods in use from one pre-trained model (ctrl compare --help)."""
+
+
+HEAVY = {"finetune": _Heavy("ctrl.torch.finetune", "Finetune"), "compare": _Heavy("ctrl.torch.compare", "Compare")}
+
+Command = (
+    Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Zoo, tyro.conf.subcommand("zoo")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,17 +131,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"ctrl {ctrl.__version__}")
         return 0
-    command: Verify | Zoo = tyro.cli(Command, args=given, prog="ctrl", description=ctrl.__doc__)  # type: ignore[arg-type]
     try:
+        if given and given[0] in HEAVY:
+            return HEAVY[given[0]].settings(given[1:], f"ctrl {given[0]}").run()
+        command: Verify | Zoo | Finetune | Compare = parsed(Command, given, "ctrl", ctrl.__doc__)
         if "--only" in given and isinstance(command, Verify) and not command.only:
             raise ValueError("only: expected at least one theorem, got none")
+        assert isinstance(command, (Verify, Zoo))  # the others were met above
         return command.run()
     except ModuleNotFoundError as error:
         print(f"ctrl: error: {missing(error.name or '')}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"ctrl: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingStopped":
+            raise
+        print(f"ctrl: training stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("ctrl: interrupted; verdicts computed so far are on disk, --resume goes on", file=sys.stderr)
+        print("ctrl: interrupted; what is finished is on disk, --resume goes on", file=sys.stderr)
         return 130
     return 2
 

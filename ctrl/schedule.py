@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -82,7 +83,7 @@ class Coefficients:
     final_discount: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule(ABC):
     """A noising schedule: f, g^2, alpha and v as functions of noise time tau in [0, horizon]."""
 
@@ -263,3 +264,159 @@ class VE(Schedule):
         gap = np.geomspace(self.sigma_max - self.sigma_min, low, steps)
         tau = self.horizon * np.log1p(gap / self.sigma_min) / self.log_ratio
         return TimeGrid(np.concatenate([[0.0], [self.t(x) for x in tau[1:]], [self.horizon]]))
+
+
+class _Nodes(NamedTuple):
+    """B and beta = dB/dtau at the nodes, (K + 1,), and B's slope over each cell, (K,)."""
+
+    B: Array
+    beta: Array
+    slope: Array
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP(Schedule):
+    r"""A DDPM schedule of K discrete steps in continuous noise time: f = -beta/2, g^2 = beta, as diffusers' schedulers have it.
+
+        B(tau_k) = -sum_{j<k} log(1 - beta_j),   tau_k = T k / K,   k = 0..K,       alpha = exp(-B/2),  v = 1 - alpha^2
+
+    Timestep t of diffusers is tau = T (t + 1)/K, where alpha^2 = alphas_cumprod[t]; timestep -1 is data. Between the nodes B is the cubic
+    spline (beta = dB/dtau is C^1), its node slopes held within [1/2, 2] times the lesser slope of the cells beside: beta > 0 for any betas,
+    and still continuous where rough ones meet the bounds.
+
+    betas : (K,), in (0, 1), K >= 2
+    Source: DDPM (2006.11239), equation 4, and Song et al. (2011.13456), appendix B; bounds as in Hyman, SIAM J. Sci. Stat.
+    Comput. 4 (1983).   Checked: tests/test_schedule.py::test_discrete_nodes, tests/test_schedule.py::test_discrete_rate_is_positive_and_continuous
+    """
+
+    betas: Array
+    horizon: float = 1.0
+
+    def __init__(self, betas: ArrayLike, horizon: float = 1.0) -> None:
+        b = check.array("betas", betas, (None,), "(K,)")
+        if b.size < 2:
+            raise ValueError(f"betas: expected at least two, got {b.size}")
+        if np.any(bad := (b <= 0) | (b >= 1)):
+            raise ValueError(f"betas: expected numbers in (0, 1), got {b[np.argmax(bad)]:.6g} at index {np.argmax(bad)}")
+        object.__setattr__(self, "betas", b)
+        object.__setattr__(self, "horizon", check.number("horizon", horizon, above=0))
+
+    @classmethod
+    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, horizon: float = 1.0) -> DiscreteVP:
+        """Betas in equal steps: diffusers' "linear" (DDPM), close to VP(0.1, 20).
+
+        Source: DDPM (2006.11239), section 4.   Checked: tests/test_schedule.py::test_discrete_betas_are_those_of_diffusers
+        """
+        return cls(np.linspace(beta_start, beta_end, check.integer("steps", steps, at_least=2)), horizon)
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, horizon: float = 1.0) -> DiscreteVP:
+        """Square roots of betas in equal steps: diffusers' "scaled_linear" (Stable Diffusion).
+
+        Source: diffusers, DDPMScheduler.   Checked: tests/test_schedule.py::test_discrete_betas_are_those_of_diffusers
+        """
+        low, high = (check.number(name, b, above=0) ** 0.5 for name, b in (("beta_start", beta_start), ("beta_end", beta_end)))
+        return cls(np.linspace(low, high, check.integer("steps", steps, at_least=2)) ** 2, horizon)
+
+    @classmethod
+    def squaredcos(cls, steps: int = 1000, horizon: float = 1.0) -> DiscreteVP:
+        r"""The cosine schedule, alphas_cumprod ~ cos^2(pi/2 (s + .008)/1.008), betas capped at .999: diffusers' "squaredcos_cap_v2".
+
+        Source: Nichol and Dhariwal (2102.09672), equation 17.   Checked: tests/test_schedule.py::test_discrete_betas_are_those_of_diffusers
+        """
+        s = np.linspace(0.0, 1.0, check.integer("steps", steps, at_least=2) + 1)
+        kept = np.cos(0.5 * np.pi * (s + 0.008) / 1.008) ** 2
+        return cls(np.minimum(1 - kept[1:] / kept[:-1], 0.999), horizon)
+
+    @classmethod
+    def of(cls, scheduler: Any, horizon: float = 1.0) -> DiscreteVP:
+        """The schedule of a diffusers scheduler, or of anything with alphas_cumprod (K,).
+
+        alpha and v are as stored; single precision there leaves noise of up to 1e-7 / beta_k (relative) in f and g^2, which slows exact.limit.
+        Source: diffusers, SchedulerMixin.   Checked: tests/test_schedule.py::test_discrete_schedule_of_a_scheduler
+        """
+        if (kept := getattr(scheduler, "alphas_cumprod", None)) is None:
+            raise ValueError(f"scheduler: expected a variance-preserving scheduler with alphas_cumprod, got {type(scheduler).__name__}")
+        kept = check.array("scheduler", _on_host(kept), (None,), "(K,) in alphas_cumprod")
+        if np.any(kept <= 0) or np.any(np.diff(kept, prepend=1.0) >= 0):
+            raise ValueError("scheduler: expected alphas_cumprod strictly decreasing in (0, 1) (zero terminal SNR has no reverse SDE), "
+                             f"got values in [{np.min(kept, initial=1):.6g}, {np.max(kept, initial=0):.6g}]")
+        return cls(-np.expm1(np.diff(np.log(kept), prepend=0.0)), horizon)
+
+    def until(self, timestep: int) -> DiscreteVP:
+        """The same schedule with horizon at `timestep`: where diffusers starts when timesteps[0] < K - 1; beta moves in the last cells only.
+
+        Source: theory.md, section 1.   Checked: tests/test_schedule.py::test_discrete_grid
+        """
+        kept = check.integer("timestep", timestep, at_least=1) + 1
+        if kept > self.betas.size:
+            raise ValueError(f"timestep: expected at most {self.betas.size - 1}, got {timestep}")
+        return DiscreteVP(self.betas[:kept], self.horizon * (kept / self.betas.size))
+
+    def timestep(self, tau: float) -> float:
+        """The network's time: diffusers' timestep at noise time tau, real-valued; -1 is data."""
+        return self.betas.size * tau / self.horizon - 1
+
+    def noise_time(self, timestep: float) -> float:
+        """tau of a timestep in [-1, K - 1], real-valued: T (t + 1)/K."""
+        return self.horizon * ((timestep + 1) / self.betas.size)
+
+    def grid(self, timesteps: ArrayLike, last: float = -1) -> TimeGrid:
+        """Generation times of decreasing timesteps and a last one: N steps from timesteps[0] = K - 1 (else see `until`) to `last`.
+
+        last = -1 ends at data (diffusers' set_alpha_to_one=True), last = 0 at alphas_cumprod[0] (set_alpha_to_one=False). Each step ends where
+        the next begins; diffusers' own DDIM moves by K // N instead, which is the same for "leading", and for "trailing" if N divides K.
+        Source: diffusers, DDIMScheduler.set_timesteps.   Checked: tests/test_schedule.py::test_discrete_grid
+        """
+        at = check.array("timesteps", _on_host(timesteps), (None,), "(N,)")
+        at = np.append(at, check.number("last", last, at_least=-1))
+        if at[0] != self.betas.size - 1:
+            raise ValueError(f"timesteps: expected the first to be {self.betas.size - 1} (shorten the schedule by until), got {at[0]:g}")
+        if np.any(rises := np.diff(at) >= 0):
+            where = int(np.argmax(rises))
+            raise ValueError(f"timesteps: expected strictly decreasing down to {last:g}, got {at[where]:g} before {at[where + 1]:g}")
+        return TimeGrid([self.t(self.noise_time(s)) for s in at])
+
+    @cached_property
+    def _nodes(self) -> _Nodes:
+        from scipy.interpolate import CubicSpline
+
+        rise, nodes = -np.log1p(-self.betas), np.linspace(0.0, self.horizon, self.betas.size + 1)
+        B, slope = np.append(0.0, np.cumsum(rise)), rise * (self.betas.size / self.horizon)
+        beside = np.pad(slope, 1, mode="edge")
+        least = np.minimum(beside[:-1], beside[1:])
+        return _Nodes(B, np.clip(CubicSpline(nodes, B)(nodes, 1), 0.5 * least, 2 * least), slope)
+
+    def _cell(self, tau: float) -> tuple[float, float, float, float, float]:
+        """B at the left of tau's cell, beta's Bernstein coefficients there (left, middle, right), and the position u in [0, 1]."""
+        at = tau * self.betas.size / self.horizon
+        k = min(max(int(at), 0), self.betas.size - 1)
+        (left, right), slope = self._nodes.beta[k : k + 2], self._nodes.slope[k]
+        return self._nodes.B[k], left, 3 * slope - left - right, right, at - k
+
+    def beta(self, tau: float) -> float:
+        _, left, middle, right, u = self._cell(tau)
+        return float((1 - u) ** 2 * left + 2 * u * (1 - u) * middle + u**2 * right)
+
+    def integral(self, tau: float) -> float:
+        """B(tau) = int_0^tau beta."""
+        B, left, middle, right, u = self._cell(tau)
+        mean = (1 - u + u**2 / 3) * left + (u - 2 * u**2 / 3) * middle + u**2 / 3 * right
+        return float(B + mean * u * self.horizon / self.betas.size)
+
+    def f(self, tau: float) -> float:
+        return -0.5 * self.beta(tau)
+
+    def g2(self, tau: float) -> float:
+        return self.beta(tau)
+
+    def alpha(self, tau: float) -> float:
+        return float(np.exp(-0.5 * self.integral(tau)))
+
+    def v(self, tau: float) -> float:
+        return float(-np.expm1(-self.integral(tau)))
+
+
+def _on_host(values: Any) -> Any:
+    """A tensor brought to the CPU; anything else as it is."""
+    return values.cpu() if hasattr(values, "cpu") else values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -12,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, TextIO
 
 from ctrl import check, zoo
 from ctrl.evidence import FALSE_ALARM, MISS
+from ctrl.files import user_object, versions, writable, write_json
 from ctrl.problem import Problem
 from ctrl.theorems.advantage import AdvantageRate
 from ctrl.theorems.exploration import Exploration
@@ -73,8 +72,8 @@ class Progress:
     done: list[list[str]] = field(default_factory=list)
 
     def write(self) -> None:
-        _replace(self.folder / "verdicts.json", [row.record() for row in self.rows])
-        _replace(self.folder / "run.json", {**self.identity, "platform": platform.platform(), "done": self.done})
+        write_json(self.folder / "verdicts.json", [row.record() for row in self.rows])
+        write_json(self.folder / "run.json", {**self.identity, "platform": platform.platform(), "done": self.done})
 
     def read(self) -> None:
         """Take up the finished pairs of an earlier run with the same settings."""
@@ -105,7 +104,7 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
     """
     stream = stream or sys.stdout
     chosen, cases = _chosen(settings, theorems), _cases(settings)
-    progress = Progress(_writable(settings.out), settings.identity())
+    progress = Progress(writable(settings.out), settings.identity())
     if settings.resume:
         progress.read()
     started = time.perf_counter()
@@ -242,58 +241,15 @@ def user_problem(reference: str) -> tuple[str, Problem]:
 
     Source: design.md's contract.   Checked: tests/test_verify.py::test_user_problem
     """
-    file, _, name = reference.rpartition(":")
-    path = Path(file)
-    if not file or not name.isidentifier():
-        raise ValueError(f"problem: expected FILE.py:NAME, got {reference!r}")
-    if not path.is_file():
-        raise ValueError(f"problem: expected an existing file, got {file!r}")
-    spec = importlib.util.spec_from_file_location(f"ctrl_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"problem: expected a Python file, got {file!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickles of the file look for it
-    sys.path.insert(0, str(path.resolve().parent))
+    name, found = user_object("problem", reference)
+    file = reference.rpartition(":")[0]
     try:
-        spec.loader.exec_module(module)
-        found = getattr(module, name, None)
         problem = found() if callable(found) else found
     except (Exception, SystemExit) as error:
-        raise ValueError(f"problem: expected {path.name} to run, got {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
+        raise ValueError(f"problem: expected {file} to run, got {type(error).__name__}: {error}") from error
     if not isinstance(problem, Problem):
-        raise ValueError(f"problem: expected {name} in {path.name} to be a ctrl.Problem (or to return one), got {type(problem).__name__}")
+        raise ValueError(f"problem: expected {name} in {Path(file).name} to be a ctrl.Problem (or to return one), got {type(problem).__name__}")
     return name, problem
-
-
-def _writable(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"out: expected a writable folder, got {out} ({error.strerror})") from None
-    return out
-
-
-def _replace(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of this library and of what its numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("scores-as-actions", "numpy", "scipy", "numba", "scikit-learn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _header() -> str:

@@ -14,7 +14,8 @@ import pytest
 import ctrl
 
 TESTS = Path(__file__).parent
-MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "zoo", "testing", "theorems")
+MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "zoo", "testing", "theorems", "torch", "torch.images", "torch.rewards",
+           "torch.classifiers")
 # Faces and containers that users meet only through the names above; a sentence is enough.
 PLUMBING = {
     "estimators.Estimator", "estimators.Run", "estimators.ValueFunction", "estimators.runs",
@@ -22,7 +23,8 @@ PLUMBING = {
     "exact.chain.applies", "exact.chain.entropy", "exact.chain.LinearChain", "exact.chain.QuadraticValue", "exact.chain.Optimum",
     "exact.limit.ContinuousPolicy", "exact.limit.FeedbackBasis", "exact.limit.MarginalKLRate",
     "testing.Setup", "testing.gaussians", "testing.mixtures", "testing.reals", "testing.rewards", "testing.schedules", "testing.vectors",
-    "theorems.Case", "theorems.Theorem", "theorems.Verdict"}
+    "theorems.Case", "theorems.Theorem", "theorems.Verdict",
+    "torch.Objective", "torch.Policy", "torch.Run", "torch.Value", "torch.classifiers.Classifier"}
 
 
 def public():

@@ -26,6 +26,7 @@ def things():
         one, two, ctrl.Problem(ctrl.VE(), m, ctrl.BumpReward([0, 1], 0.5), 0.2),
         ctrl.Problem(ctrl.OU(2.0), g, ctrl.LinearReward([1, 2]), 1),
         ctrl.Problem(ctrl.OU(), g, ctrl.LogDensityReward(m), 1), ctrl.TimeGrid([0, 0.1, 1 / 3]),
+        ctrl.Problem(ctrl.DiscreteVP([1e-4, 1 / 3, 0.9], 1.5), g, quadratic, 0.5),
         ctrl.AffinePolicy(W, w), ctrl.AffinePolicy(W, w, np.stack([np.eye(2) * s for s in (1, 2, 3)])),
         ctrl.BasisPolicy(two, P.Monomials(2), W, w, exploration=np.eye(2)), ctrl.BasisPolicy(one, P.TimeBins(3), W, w),
         ctrl.BasisPolicy.shift(one, [0.1, 0.2]), ctrl.BasisPolicy.scaled(one, 0.9, [0.1, 0.2]),

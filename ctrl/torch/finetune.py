@@ -1,0 +1,405 @@
+r"""Fine-tuning an image diffusion model: updates, checkpoints, run folder.
+
+Per update: sample paths without gradients; one batched forward over all N n states; the objective's loss, and the martingale loss
+where a value is learned; Adam. Noise is a pure function of (seed, update, path), so that a resumed or a distributed run is the same run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from hashlib import sha256
+from math import cos, isfinite, pi
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator, InitProcessGroupKwargs
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ctrl import check
+from ctrl.files import environment, writable, write_json
+from ctrl.torch.chain import Run, sample
+from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
+from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
+from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
+from ctrl.torch.task import Settings, Task, evaluate, outline, prepare, progress, save_atomically
+from ctrl.torch.value import Ansatz, PlainValue, Value, martingale_loss
+
+WARM_UP = 10  # updates over which the step size grows
+PATIENCE = timedelta(hours=12)  # of the other processes, while the first one pre-trains
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on: says where it stopped and what is kept."""
+
+
+@dataclass(frozen=True)
+class Finetune(Settings):
+    """Fine-tune a diffusion model of real images by continuous-time reinforcement learning, and say how far from the optimum it ends."""
+
+    out: Path = Path("finetune")
+    """Run folder."""
+    checkpoint_every: int = 25
+    """Updates between checkpoints."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the last checkpoint in the run folder."""
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also write metrics for tensorboard (needs the package)."""
+
+    elsewhere: ClassVar[tuple[str, ...]] = (*Settings.elsewhere, "out", "checkpoint_every", "resume", "tensorboard")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.integer("checkpoint_every", self.checkpoint_every, at_least=1)
+
+    def run(self) -> int:
+        """The command `ctrl finetune`."""
+        summary = finetune(self.made_quick() if self.quick else self)
+        if summary is not None:
+            print(describe(summary))
+        return 0
+
+
+class Training:
+    """The state of a run, and its one move."""
+
+    def __init__(self, task: Task, settings: Finetune, accelerator: Accelerator) -> None:
+        self.task, self.settings, self.accelerator = task, settings, accelerator
+        self.iteration, self.queries = 0, 0
+        self.kept = 0  # the update of the last checkpoint
+        self.moved = False  # whether theta or the value have moved in the update at hand
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.policy, pretrained = trainable_copy(task.base, settings.lora_rank)
+            core = ConvValueNetwork(task.images.shape) if isinstance(task.base.network, UNetDenoiser) else ValueNetwork(task.images.shape)
+        self.problem = replace(task.problem, pretrained=pretrained)
+        self.policy.to(accelerator.device)
+        self.average = copy.deepcopy(self.policy)
+        self.value: Value = (PlainValue(core) if settings.plain_value else Ansatz(core)).to(accelerator.device)
+        self.objective = settings.method.objective(self.value)
+        self.grid = sampling_grid(task.problem.schedule, settings.steps)
+        self.optimiser = torch.optim.Adam(self.policy.trainable(), lr=1.0, betas=(0.9, 0.99))
+        self.value_optimiser = torch.optim.Adam(self.value.parameters(), lr=1.0, betas=(0.9, 0.99))
+        self.modules: dict[str, nn.Module] = {"policy": self.policy, "average": self.average}
+        self.optimisers = {"optimiser": self.optimiser}
+        if settings.method.learns_value:
+            self.modules["value"], self.optimisers["value_optimiser"] = self.value, self.value_optimiser
+
+    def update(self) -> dict[str, float]:
+        """One batch of paths, `epochs` steps of Adam; returns the metrics of the batch, sampled before the steps."""
+        started, settings, k = time.perf_counter(), self.settings, self.iteration
+        self.moved = False
+        run = self._sample(k)
+        shape = min(1, (k + 1) / WARM_UP) * 0.5 * (1 + cos(pi * k / settings.iterations))
+        self.optimiser.param_groups[0]["lr"] = settings.method.learning_rate * shape
+        self.value_optimiser.param_groups[0]["lr"] = settings.method.value_learning_rate * max(shape, 0.1)
+        row: dict[str, float] = {}
+        for _ in range(settings.method.epochs):
+            now = run.under(self.policy)
+            losses = self._step(now)
+            row = row or _finite({**self._metrics(now), **losses})
+        follow(self.average, self.policy, min(settings.average, (k + 1) / (k + 10)))
+        self.iteration += 1
+        self.queries += settings.paths
+        return {"iteration": self.iteration, "queries": self.queries, **row, "seconds": time.perf_counter() - started}
+
+    def _sample(self, k: int) -> Run:
+        rank, world, n = self.accelerator.process_index, self.accelerator.num_processes, self.settings.paths
+        noise = self.settings.noise(k, n)[rank * n // world : (rank + 1) * n // world]
+        return sample(self.problem, self.policy, self.grid, noise, joined=self.accelerator.gather)
+
+    def _step(self, run: Run) -> dict[str, float]:
+        loss = self._descend(self.objective.loss(run), self.optimiser, self.policy.trainable(), self.settings.clip_norm)
+        if self.settings.method.learns_value:
+            for _ in range(self.settings.method.value_updates):
+                loss |= {"value_loss": self._descend(martingale_loss(self.value, run), self.value_optimiser, list(self.value.parameters()))["loss"]}
+        return loss
+
+    def _descend(self, losses: Tensor, optimiser: torch.optim.Optimizer, theta: list[nn.Parameter], clip: float = float("inf")) -> dict[str, float]:
+        """One step of an optimiser; on every process, FloatingPointError and no step when loss or gradient are not finite."""
+        optimiser.zero_grad()
+        losses.mean().backward()
+        for p in theta:  # every process has as many paths: the mean of their gradients is the joined batch's
+            if p.grad is not None and self.accelerator.num_processes > 1:
+                p.grad = self.accelerator.reduce(p.grad, "mean")
+        norm = nn.utils.clip_grad_norm_(theta, clip)
+        out = _finite({"loss": float(self.accelerator.gather(losses.detach()).mean()), "gradient_norm": float(norm)})
+        self.moved = True
+        optimiser.step()
+        return out
+
+    @torch.no_grad()
+    def _metrics(self, run: Run) -> dict[str, float]:
+        """Of the whole batch: reward, objective, KL (nats), judged share."""
+        judged = self.task.judged(run.states[:, -1])
+        columns = [run.reward, run.objective, run.kl] + ([] if judged is None else [judged.float()])
+        reward, objective, kl, *share = self.accelerator.gather(torch.stack(columns, 1)).T
+        row = {"reward": reward.mean(), "objective": objective.mean(), "kl_mean": kl.mean(), "kl_median": kl.median(), "kl_max": kl.max()}
+        return {name: float(x) for name, x in row.items()} | ({"judged_share": float(share[0].mean())} if share else {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, besides `iteration`."""
+        out: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            out |= {f"{name}.{key}": p for key, p in module.named_parameters() if name == "value" or _kept(self.policy, key)}
+        for name, optimiser in self.optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                out |= {f"{name}.{index}.{key}": x for key, x in state.items()}
+        return out
+
+    def save(self, path: Path) -> None:
+        counts = {"iteration": self.iteration, "queries": self.queries}
+        save_atomically(self.tensors(), path, {"counts": json.dumps(counts), "base": digest(self.task.base)})
+        self.kept = self.iteration
+
+    def load(self, path: Path) -> None:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            described = file.metadata()
+        if described["base"] != digest(self.task.base):
+            raise ValueError(f"resume: expected the pre-trained model that {path} began with, got another one from {self.settings.cache}")
+        counts = json.loads(described["counts"])
+        self.iteration, self.queries, self.kept = counts["iteration"], counts["queries"], counts["iteration"]
+        with torch.no_grad():
+            for name, module in self.modules.items():
+                for key, p in module.named_parameters():
+                    if name == "value" or _kept(self.policy, key):
+                        p.copy_(tensors[f"{name}.{key}"])
+        for name, optimiser in self.optimisers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, x in tensors.items():
+                if key.startswith(f"{name}."):
+                    _, index, what = key.split(".")
+                    state.setdefault(int(index), {})[what] = x
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+    @contextmanager
+    def stopping(self, doing: str, checkpoint: Path) -> Iterator[None]:
+        """What cannot go on stops with its place, its method and what is kept."""
+        try:
+            yield
+        except (ValueError, FloatingPointError, OSError) as error:
+            last = f"{checkpoint} (update {self.kept})" if self.kept else "none yet"
+            raise TrainingStopped(f"{doing} of {type(self.settings.method).__name__}: {error}; last good checkpoint: {last}") from error
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float]:
+    for name, value in numbers.items():
+        if not isfinite(value):
+            raise FloatingPointError(f"{name} is {value}")
+    return numbers
+
+
+def digest(module: nn.Module) -> str:
+    """A name for a module's numbers."""
+    return sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in module.state_dict().values())).hexdigest()[:16]
+
+
+def _kept(policy: Policy, key: str) -> bool:
+    return dict(policy.named_parameters())[key].requires_grad
+
+
+def trainable_copy(base: NetworkPolicy, lora_rank: int) -> tuple[NetworkPolicy, Policy]:
+    """(a policy to train that starts at the base model, its frozen reference): a full copy, or one network with a LoRA adapter."""
+    network = copy.deepcopy(base.network)
+    if lora_rank == 0:
+        return NetworkPolicy(network.requires_grad_(True), base.prediction, base.autocast), base
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(network, LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear"))
+    policy = NetworkPolicy(adapted, base.prediction, base.autocast)
+    return policy, WithoutAdapter(policy)
+
+
+def finetune(settings: Finetune) -> dict[str, Any] | None:
+    """Run (or resume) a fine-tuning; the summary on the main process, None on the others.
+
+    Source: Scores as Actions (2409.08400); theory.md, sections 7 and 13.   Checked: tests/test_torch_finetune.py::test_run_folder
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(check.integer("threads", settings.threads, at_least=1))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    if settings.paths % accelerator.num_processes:
+        raise ValueError(f"paths: expected a multiple of {accelerator.num_processes} processes, got {settings.paths}")
+    folder = RunFolder(settings) if accelerator.is_main_process else None
+    if settings.resume and (done := settings.out / "summary.json").exists():
+        return json.loads(done.read_text()) if folder else None
+    training = Training(_prepared(settings, accelerator), settings, accelerator)
+    checkpoint = settings.out / "checkpoint.safetensors"
+    if settings.resume and checkpoint.exists():
+        training.load(checkpoint)
+    if folder is not None:
+        folder.begin(training.iteration)
+    _train(training, folder, checkpoint)
+    if folder is None:
+        return None
+    with training.stopping("evaluation", checkpoint):
+        return folder.finish(training)
+
+
+def _prepared(settings: Finetune, accelerator: Accelerator) -> Task:
+    """The task, after one update of an untrained model on two paths a process: what cannot work is refused before the long work."""
+    with accelerator.main_process_first():
+        outlined = outline(settings, accelerator.device)
+    with suppress(FloatingPointError):  # of a model that is not the one to be trained
+        Training(outlined, replace(settings, paths=min(settings.paths, 2 * accelerator.num_processes)), accelerator).update()
+    with accelerator.main_process_first():  # the others find in the cache what the first has made
+        return prepare(settings, accelerator.device, outlined)
+
+
+def _train(training: Training, folder: RunFolder | None, checkpoint: Path) -> None:
+    """Updates until the last, with their metrics and checkpoints."""
+    settings = training.settings
+    with progress(type(settings.method).__name__, settings.iterations, shown=folder is not None) as step:
+        step(training.iteration)
+        while training.iteration < settings.iterations:
+            with training.stopping(f"update {training.iteration + 1}", checkpoint):
+                row = _updated(training, folder, checkpoint)
+                if folder is not None:
+                    folder.add(row)
+                    if training.iteration % settings.checkpoint_every == 0 or training.iteration == settings.iterations:
+                        training.save(checkpoint)
+            step(1, reward=row["reward"], kl=row["kl_mean"], **({"share": row["judged_share"]} if "judged_share" in row else {}))
+
+
+def _updated(training: Training, folder: RunFolder | None, checkpoint: Path) -> dict[str, float]:
+    """One update; when it fails before anything has moved, what was reached is kept."""
+    try:
+        return training.update()
+    except Exception:
+        if folder is not None and not training.moved and training.iteration > training.kept:
+            training.save(checkpoint)
+        raise
+
+
+class RunFolder:
+    """config.json, env.json, metrics.jsonl, checkpoint, model, pictures and summary.json of one run."""
+
+    def __init__(self, settings: Finetune) -> None:
+        """Refuses, before any work, a folder of another run and a board that is not installed."""
+        self.settings, self.out = settings, writable(settings.out)
+        self.metrics, config = self.out / "metrics.jsonl", self.out / "config.json"
+        if config.exists() and not settings.resume:
+            raise ValueError(f"out: expected a new folder (or --resume to go on with the run in it), got {settings.out}")
+        if config.exists() and (then := json.loads(config.read_text())) != settings.identity():
+            changed = [k for k, v in settings.identity().items() if then.get(k) != v]
+            raise ValueError(f"resume: expected the settings of the run in {settings.out}, got other values of {', '.join(changed)}")
+        self.board = None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard")
+
+    def begin(self, iteration: int) -> None:
+        """The folder is this run's; metrics later than the checkpoint belong to updates that will be done again."""
+        for leftover in self.out.glob(".*.partial"):
+            leftover.unlink()
+        write_json(self.out / "config.json", self.settings.identity())
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        surroundings = environment("torch", "accelerate", "diffusers", "peft", "safetensors")
+        write_json(self.out / "env.json", {**surroundings, "threads": torch.get_num_threads(), "device": device})
+        rows = self.rows()
+        partial = self.metrics.with_name(".metrics.jsonl.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["iteration"] <= iteration))
+        os.replace(partial, self.metrics)
+
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics so far; a last line that was cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def add(self, row: dict[str, float]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, int(row["iteration"]))
+
+    def finish(self, training: Training) -> dict[str, Any]:
+        """Write the model, evaluate it, draw, and write the summary: what has a summary is finished."""
+        from ctrl.torch import pictures
+
+        settings, task, policy = self.settings, training.task, training.average
+        save_policy(policy, task.base, self.out / "model")
+        rows = self.rows()
+        summary: dict[str, Any] = {"method": type(settings.method).__name__, "reward": type(settings.reward).__name__, "updates": training.iteration,
+                                   "queries": training.queries, "seconds": sum(row["seconds"] for row in rows)}
+        summary["tuned"] = evaluate(task, policy, task.base, settings)
+        summary["pretrained"] = evaluate(task, task.base, task.base, settings)
+        if settings.eta > 0:
+            summary["tuned_ode"] = evaluate(task, policy, task.base, settings, eta=0.0)
+        if settings.kl_weight > 0:
+            best = task.yardstick
+            summary["yardstick"] = {name: getattr(best, name) for name in ("objective", "objective_error", "reward", "kl", "ess")}
+            judged = task.judged(task.reference)
+            if judged is not None:
+                summary["yardstick"]["judged_share"] = best.mean(judged.double().cpu().numpy())
+        if "judged_share" in rows[-1]:
+            summary["queries_to_share_0.8"] = queries_to_share(rows, 0.8)
+        pictures.before_and_after(task, policy, task.base, settings, self.out)
+        pictures.learning_curves(rows, summary, self.out / "curves.png")
+        if self.board is not None:
+            self.board.close()
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+
+def queries_to_share(rows: list[dict[str, float]], share: float, over: int = 500) -> int | None:
+    """Reward queries until the judged share of the last `over` (or more) training images first exceeds `share`; None if never."""
+    queries = np.array([0.0, *(row["queries"] for row in rows)])
+    accepted = np.concatenate([[0.0], np.cumsum(np.diff(queries) * [row["judged_share"] for row in rows])])
+    for k in range(1, len(queries)):
+        first = int(np.searchsorted(queries, queries[k] - over, side="right")) - 1
+        if first >= 0 and (accepted[k] - accepted[first]) / (queries[k] - queries[first]) > share:
+            return int(queries[k])
+    return None
+
+
+def save_policy(policy: NetworkPolicy, base: NetworkPolicy, folder: Path) -> None:
+    """The network as safetensors with its config: a denoiser, or a LoRA adapter with its base model in base/."""
+    if isinstance(policy.network, Denoiser):
+        save_denoiser(policy.network, folder)
+        return
+    policy.network.save_pretrained(folder)  # type: ignore[operator]
+    save_denoiser(base.network, folder / "base")  # type: ignore[arg-type]
+
+
+def load_policy(folder: Path) -> NetworkPolicy:
+    """A policy that `save_policy` wrote, frozen; safetensors only, no code is run from the file.
+
+    Source: design.md, runs.   Checked: tests/test_torch_finetune.py::test_saved_model_is_the_model
+    """
+    if not (folder / "adapter_config.json").exists():
+        return NetworkPolicy(load_denoiser(folder), PredictsClean()).frozen()
+    from peft import PeftModel
+
+    return NetworkPolicy(PeftModel.from_pretrained(load_denoiser(folder / "base"), folder), PredictsClean()).frozen()
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary as a small table."""
+    lines = [f"{summary['method']}: {summary['updates']} updates, {summary['queries']} reward queries, {summary['seconds']:.0f} s",
+             f"{'':<12}" + "".join(f"{head:>12}" for head in ("judged", "reward", "KL mean", "median", "max", "regret", "+-"))]
+    keys = ("judged_share", "reward", "kl_mean", "kl_median", "kl_max", "regret", "regret_error")
+    lines += [_cells(name, [row.get(key) for key in keys]) for name in ("pretrained", "tuned", "tuned_ode") if (row := summary.get(name))]
+    if best := summary.get("yardstick"):
+        cells = [best.get("judged_share"), best["reward"], best["kl"], None, None, 0.0, best["objective_error"]]
+        lines.append(_cells("optimum", cells) + f"   (ESS {best['ess']:.0f})")
+    return "\n".join(lines)
+
+
+def _cells(name: str, numbers: list[float | None]) -> str:
+    return f"{name:<12}" + "".join(f"{'-' if x is None else format(x, '.3f'):>12}" for x in numbers)

@@ -1,0 +1,374 @@
+"""What fine-tuning starts from: settings, data, pre-trained model, reward, judge and yardstick, and how a model is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from inspect import getdoc
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ctrl import check
+from ctrl.files import user_object, writable
+from ctrl.noise import Noise
+from ctrl.schedule import VP
+from ctrl.torch import images as data
+from ctrl.torch import methods, rewards
+from ctrl.torch.chain import Problem, simulate
+from ctrl.torch.classifiers import Classifier, ConvClassifier, MLPClassifier, train_classifier
+from ctrl.torch.networks import Denoiser
+from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean
+from ctrl.torch.pretrain import Pretraining, pretrain, sampling_grid
+from ctrl.torch.yardstick import Yardstick, yardstick
+
+SCHEDULE = VP()
+EVALUATION, PRETRAINED, PICTURES = 2**31, 2**31 + 1, 2**31 + 2  # noise streams beside those of the updates, 0 ... 2^31 - 1
+
+
+@dataclass(frozen=True)
+class ClassReward:
+    """Log-probability of a class under a classifier trained on one half of the data; another classifier, of the other half, judges."""
+
+    label: int = 3
+    """The class."""
+
+
+@dataclass(frozen=True)
+class UserReward:
+    """A function of your own, (images) or (images, context) -> (n,)."""
+
+    function: str
+    """FILE.py:NAME."""
+    differentiable: bool = False
+    """Whether torch can differentiate it."""
+
+    def digest(self) -> str | None:
+        """Of the file: another content is another reward."""
+        file = Path(self.function.rpartition(":")[0])
+        return sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
+def _summary(kind: type) -> str:
+    """The first paragraph of a docstring, for the command line's help."""
+    return (getdoc(kind) or "").split("\n\n")[0]
+
+
+RewardChoice = (
+    Annotated[ClassReward, tyro.conf.subcommand("class")]
+    | Annotated[rewards.Brightness, tyro.conf.subcommand("brightness", description=_summary(rewards.Brightness))]
+    | Annotated[rewards.Contrast, tyro.conf.subcommand("contrast", description=_summary(rewards.Contrast))]
+    | Annotated[rewards.Compressibility, tyro.conf.subcommand("compressibility", description=_summary(rewards.Compressibility))]
+    | Annotated[rewards.Incompressibility, tyro.conf.subcommand("incompressibility", description=_summary(rewards.Incompressibility))]
+    | Annotated[UserReward, tyro.conf.subcommand("user")])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers of a run depend on: data, model, reward, sampler and updates."""
+
+    method: methods.Choice = methods.ValueGradient()
+    """What moves the policy."""
+    reward: RewardChoice = ClassReward()
+    """What is asked of the images."""
+    data: Literal["digits", "mnist", "folder"] = "digits"
+    """scikit-learn's digits, IDX files, or any folder of images (the last two in --data-dir)."""
+    data_dir: Path | None = None
+    """Where the data are."""
+    image_size: int = 32
+    """Side of the images of a folder, pixels."""
+    kl_weight: float = 0.5
+    """Reward units per nat."""
+    eta: float = 1.0
+    """Stochasticity of the sampler: 1 reverse SDE, 0 probability-flow ODE."""
+    steps: int = 30
+    """Sampler steps N."""
+    paths: int = 64
+    """Images sampled (and reward queries) per update, over all processes."""
+    iterations: int = 250
+    """Updates."""
+    average: float = 0.99
+    """Decay of the exponential average of the policy that is kept."""
+    clip_norm: float = 1.0
+    """Largest norm of the policy's gradient."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter; 0 trains all parameters."""
+    plain_value: tyro.conf.FlagCreatePairsOff[bool] = False
+    """A value network without the paper's skeleton."""
+    precision: Literal["no", "bf16"] = "no"
+    """Compute precision of the networks; states, log-densities and KL stay float32."""
+    pretraining: Pretraining = Pretraining()
+    """How the model is trained before."""
+    samples: int = 2000
+    """Images of the final evaluation."""
+    reference_samples: int = 20_000
+    """Images of the pre-trained model behind the yardstick J*."""
+    reference_steps: int = 100
+    """Sampler steps of these."""
+    seed: int = 0
+    """Seed of everything random."""
+    threads: int | None = None
+    """CPU threads of torch (default: its own choice)."""
+    cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "scores-as-actions"
+    """Where pre-trained networks and their samples are kept."""
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """A tiny run that only shows that everything works."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "paths", "iterations", "reference_steps", "image_size"):
+            check.integer(name, getattr(self, name), at_least=1)
+        for name in ("samples", "reference_samples"):  # fewer have no standard error
+            check.integer(name, getattr(self, name), at_least=2)
+        for name in ("epochs", "value_updates"):
+            check.integer(f"method.{name}", getattr(self.method, name), at_least=1)
+        for name in ("learning_rate", "value_learning_rate"):
+            check.number(f"method.{name}", getattr(self.method, name), above=0)
+        for name in ("kl_weight", "eta"):
+            check.number(name, getattr(self, name), at_least=0)
+        check.number("clip_norm", self.clip_norm, above=0)
+        check.integer("lora_rank", self.lora_rank, at_least=0)
+        if check.integer("seed", self.seed, at_least=0) >= 2**31:
+            raise ValueError(f"seed: expected an integer below 2^31, got {self.seed}")
+        if not 0 <= check.number("average", self.average) < 1:
+            raise ValueError(f"average: expected a decay in [0, 1), got {self.average:g}")
+        if (self.data == "digits") != (self.data_dir is None):
+            wanted = "none" if self.data == "digits" else "a folder"
+            raise ValueError(f"data_dir: expected {wanted} with data = {self.data}, got {self.data_dir}")
+
+    def made_quick(self) -> Self:
+        """Smaller in everything, on one thread unless told; nothing that comes out means anything."""
+        return replace(self, iterations=min(self.iterations, 4), paths=min(self.paths, 16), steps=min(self.steps, 8), samples=64,
+                       reference_samples=256, reference_steps=10, threads=self.threads or 1,
+                       pretraining=replace(self.pretraining, iterations=60, batch=128, width=64))
+
+    def noise(self, stream: int, paths: int) -> Noise:
+        """Noise of update `stream`, or of one of the streams beside the updates."""
+        return Noise((self.seed << 32) + stream, paths)
+
+    def identity(self) -> dict[str, Any]:
+        """What the numbers depend on, as JSON; where and how they are computed is not part of it."""
+        named: dict[str, list[Any]] = {name: [type(part).__name__, asdict(part)] for name, part in (("method", self.method), ("reward", self.reward))}
+        if isinstance(self.reward, UserReward):
+            named["reward"].append(self.reward.digest())
+        fields = {name: value for name, value in asdict(self).items() if name not in self.elsewhere}
+        return json.loads(json.dumps({**fields, **named}, default=str))
+
+    elsewhere: ClassVar[tuple[str, ...]] = ("threads", "cache")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    r"""What fine-tuning starts from: the pre-trained model, the reward, the judge, and the yardstick.
+
+    problem : its `pretrained` is the base model      judged : images -> (n,) bool, or None where the reward has no classes
+    reference : samples of the base model on a fine grid, behind J*
+    """
+
+    images: data.Images
+    problem: Problem
+    base: NetworkPolicy
+    judge: Classifier | None
+    label: int | None
+    reference: Tensor
+
+    def judged(self, images: Tensor) -> Tensor | None:
+        """Whether the judge sees the wanted class, (n,), bool."""
+        if self.judge is None:
+            return None
+        with torch.no_grad():
+            return self.judge.to(images.device)(images).argmax(1) == self.label
+
+    @cached_property
+    def reference_rewards(self) -> np.ndarray:
+        """Rewards of the reference samples, (n,)."""
+        with torch.no_grad():
+            parts = [self.problem.rewards(part) for part in self.reference.split(2000)]
+        return torch.cat(parts).double().cpu().numpy()
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        return yardstick(self.reference_rewards, self.problem.kl_weight)
+
+
+def outline(settings: Settings, device: torch.device | str = "cpu") -> Task:
+    """The task with an untrained model at the data's mean and without reference samples: made in seconds, to try an update on."""
+    images = _images(settings)
+    reward, judge, label = _reward(settings, images, _Cache.of(settings, images))
+    network = settings.pretraining.network(images)
+    network.mean.copy_(images.pixels.flatten(1).mean(0))
+    base = _policy(network, settings, device)
+    problem = Problem(SCHEDULE, base, reward, images.shape, settings.kl_weight, settings.eta)
+    return Task(images, problem, base, judge, label, reference=images.pixels[:0])
+
+
+def prepare(settings: Settings, device: torch.device | str = "cpu", outlined: Task | None = None) -> Task:
+    """Data, networks and reference samples, from the cache where they are there; `outlined` saves reading the data again."""
+    task = outlined or outline(settings, device)
+    store = _Cache.of(settings, task.images)
+    base = _policy(store.denoiser(task.images, settings, device), settings, device)
+    reference = store.reference(task.problem, base, settings).to(device)
+    return replace(task, problem=replace(task.problem, pretrained=base), base=base, reference=reference)
+
+
+def _policy(network: Denoiser, settings: Settings, device: torch.device | str) -> NetworkPolicy:
+    return NetworkPolicy(network, PredictsClean(), torch.bfloat16 if settings.precision == "bf16" else None).to(device).frozen()
+
+
+def _images(settings: Settings) -> data.Images:
+    if settings.data_dir is None:
+        return data.digits()
+    return data.mnist(settings.data_dir) if settings.data == "mnist" else data.image_folder(settings.data_dir, settings.image_size)
+
+
+def _fingerprint(images: data.Images) -> str:
+    return sha256(images.pixels.numpy().tobytes() + (b"" if images.labels is None else images.labels.numpy().tobytes())).hexdigest()[:16]
+
+
+def _reward(settings: Settings, images: data.Images, store: _Cache) -> tuple[rewards.ImageReward, Classifier | None, int | None]:
+    chosen = settings.reward
+    if isinstance(chosen, UserReward):
+        function = user_object("reward", chosen.function)[1]
+        return rewards.CallableImageReward(function, chosen.differentiable), None, None
+    if not isinstance(chosen, ClassReward):
+        return chosen, None, None
+    if images.labels is None:
+        raise ValueError(f"reward: expected data with classes for a class reward, got {images.name}, which has none")
+    if not 0 <= chosen.label < images.classes:
+        raise ValueError(f"label: expected a class of the data (0 ... {images.classes - 1}), got {chosen.label}")
+    classifier, judge = store.classifiers(images, settings)
+    return rewards.ClassLogProbability(classifier, chosen.label), judge, chosen.label
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Files named by what they depend on, written atomically."""
+
+    folder: Path
+    key: dict[str, Any]
+
+    @classmethod
+    def of(cls, settings: Settings, images: data.Images) -> _Cache:
+        try:
+            folder = writable(settings.cache.expanduser())
+        except ValueError as error:
+            raise ValueError(str(error).replace("out:", "cache:", 1)) from None
+        return cls(folder, {"data": _fingerprint(images), "seed": settings.seed, "torch": torch.__version__})
+
+    def path(self, name: str, **key: Any) -> Path:
+        digest = sha256(json.dumps({**self.key, **key}, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return self.folder / f"{name}-{digest}.safetensors"
+
+    def tensors(self, path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if not path.exists():
+            save_atomically(make(), path)
+        return load_file(path)
+
+    def denoiser(self, images: data.Images, settings: Settings, device: torch.device | str) -> Denoiser:
+        path = self.path("denoiser", pretraining=asdict(settings.pretraining), schedule=asdict(SCHEDULE))
+        network = settings.pretraining.network(images)
+
+        def make() -> dict[str, Tensor]:
+            with progress("pre-training", settings.pretraining.iterations) as step:
+                trained = pretrain(images, SCHEDULE, settings.pretraining, settings.seed, lambda loss: step(1, loss=loss), device)
+            return dict(trained.state_dict())
+
+        network.load_state_dict(self.tensors(path, make))
+        return network
+
+    def classifiers(self, images: data.Images, settings: Settings) -> tuple[Classifier, Classifier]:
+        """The reward's and the judge's, of different architecture and on disjoint halves."""
+        halves, out = images.split(settings.seed), []
+        steps, first = 50 if settings.quick else 400, 2 * settings.seed
+        for name, kind, half, seed in (("reward", MLPClassifier, halves[0], first), ("judge", ConvClassifier, halves[1], first + 1)):
+            network = kind(images.shape, images.classes, seed)
+
+            def make(network: Classifier = network, half: data.Images = half, seed: int = seed, steps: int = steps) -> dict[str, Tensor]:
+                return dict(train_classifier(network, half, seed=seed, steps=steps).state_dict())
+
+            network.load_state_dict(self.tensors(self.path(name, kind=kind.__name__, steps=steps), make))
+            out.append(network.eval().requires_grad_(False))
+        return out[0], out[1]
+
+    def reference(self, problem: Problem, base: NetworkPolicy, settings: Settings) -> Tensor:
+        grid = sampling_grid(problem.schedule, settings.reference_steps)
+        path = self.path("reference", pretraining=asdict(settings.pretraining), n=settings.reference_samples, times=grid.times.tolist())
+
+        def make() -> dict[str, Tensor]:
+            # Memoryless whatever the fine-tuning's eta, in full precision whatever its own: J* belongs to the data's own tilt.
+            exact = NetworkPolicy(base.network, base.prediction)
+            unrewarded = replace(problem, pretrained=exact, eta=1.0, reward=lambda x, context: x.flatten(1).sum(1))
+            noise, parts = settings.noise(PRETRAINED, settings.reference_samples), []
+            with progress("sampling the pre-trained model", settings.reference_samples) as step:
+                for first in range(0, settings.reference_samples, 1000):
+                    part = noise[first : first + 1000]
+                    parts.append(simulate(unrewarded, exact, grid, part).terminal.cpu())
+                    step(part.paths)
+            return {"images": torch.cat(parts)}
+
+        return self.tensors(path, make)["images"]
+
+
+def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A reader sees the old file or the new one, whenever the process dies; OSError when the disk is full."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar, on a terminal; `step(n, **numbers)` moves it."""
+    with tqdm(total=total, desc=what, disable=None if shown else True, leave=False, delay=1) as bar:
+        def step(n: int = 1, **numbers: float) -> None:
+            bar.set_postfix(numbers, refresh=False)
+            bar.update(n)
+
+        yield step
+
+
+def evaluate(task: Task, policy: Policy, pretrained: Policy, settings: Settings, *, steps: int | None = None,
+             eta: float | None = None) -> dict[str, float]:
+    r"""Reward, KL, objective and regret of a policy from `settings.samples` fresh images, with standard errors.
+
+    regret = J* - J in reward units; at another number of steps or eta than it was trained with, the same policy is sampled on that chain.
+    pair_distance: mean distance of two images that the judge gives to the class.
+    Source: theory.md, sections 9, 11 and 12.   Checked: tests/test_torch_finetune.py::test_evaluation_of_the_pretrained_model
+    """
+    problem = replace(task.problem, pretrained=pretrained, eta=settings.eta if eta is None else eta)
+    paths = simulate(problem, policy, sampling_grid(problem.schedule, steps or settings.steps), settings.noise(EVALUATION, settings.samples))
+    n, j = settings.samples, float(paths.objective.mean())
+    row = {"reward": float(paths.reward.mean()), "objective": j, "objective_error": float(paths.objective.std()) / n**0.5,
+           "kl_mean": float(paths.penalty.mean()), "kl_median": float(paths.penalty.median()), "kl_max": float(paths.penalty.max())}
+    if settings.kl_weight > 0:
+        row |= {"regret": task.yardstick.objective - j, "regret_error": float(np.hypot(task.yardstick.objective_error, row["objective_error"]))}
+    judged = task.judged(paths.terminal)
+    if judged is not None:
+        row |= {"judged_share": float(judged.float().mean()), "pair_distance": pair_distance(paths.terminal[judged])}
+    return row
+
+
+def pair_distance(images: Tensor, most: int = 1000) -> float:
+    """Mean Euclidean distance of two different images (of the first `most`); 0 for fewer than two."""
+    x = images[:most].flatten(1)
+    return float(torch.pdist(x).mean()) if len(x) > 1 else 0.0
+
+
