@@ -132,6 +132,7 @@ class Theorem(ABC):
 
     name: str
     statement: str
+    formulas: tuple[str, ...] = ()  # of the statement, in matplotlib's mathtext
 
     @abstractmethod
     def checks(self, case: Case) -> Iterator[Verdict]:
