@@ -5,14 +5,13 @@ r"""Truth in one dimension for any score, policy and reward, without sampling (t
 The density goes forward and the values go backward through the same kernel, by the trapezoid rule on a uniform lattice
 for each time (low, low + dx, ...): for smooth integrands its error is about exp(-2 pi^2 (s/dx)^2), 5e-20 at s = 1.5 dx.
 Nothing is interpolated: V_i at any x is one more integral. Without any noise (eta = 0, no exploration) points of the
-start law are transported instead, and derivatives are adjoints along their paths.
+start law are transported instead (`transport`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,22 +21,18 @@ from numba import njit, prange
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.exact import transport
+from ctrl.exact.line import WIDTH, LineChain, as_gradient, components, line_chain, line_terminal, line_truth
 from ctrl.exact.truth import Advantage, ExactGradient, Terminal, Truth, Value
-from ctrl.laws import Gaussian, Law
-from ctrl.policy import AffinePolicy, Policy
+from ctrl.policy import Policy
 from ctrl.problem import Problem
-from ctrl.schedule import Coefficients, TimeGrid
+from ctrl.schedule import TimeGrid
 
-WIDTH = 11.0  # half-width of a lattice, in standard deviations of the chain
 TRUSTED = 7.5  # V is asked for inside this many: given a state at 7.5, the edge at 11 is 8 deviations away
 REACH = 9.5  # half-width of the kernel, in standard deviations of one step: exp(-45) is beyond
 FAR_REACH = 38.0  # ... in log space, where exp(-38^2/2) is the smallest normal number
 RESOLUTION = 1.5  # spacings per standard deviation of one step, at least
 FEWEST, MOST = 1001, 16001  # points of a lattice, when chosen here
-ORDER, FIRST_PANELS = 16, 32  # Gauss-Legendre panels of start points, without noise
-PANEL_CHANGE, RELATIVE_CHANGE = 1e-14, 1e-10  # of what a panel adds, and of that per its own mass, when it is halved
-NARROWEST = 1e-11  # a panel that still changes at this width holds a jump, or a flow too steep for rounding
-MOST_TRANSPORTED = 100_000
 EDGE_DENSITY = 1e-20  # of the peak
 ALIASING = 1e-6  # what half of the nodes may miss, so that all of them miss about 1e-12
 LARGE = 4_000_000  # weights: below, waking other threads costs more than it saves
@@ -168,93 +163,6 @@ def _log_gather(place: Array, ratio: float, log_phi: Array, carried: Array, out:
             out[j, 0], out[j, 1] = top + math.log(total), moment / total
 
 
-# ---- the chain, one step at a time -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Chain:
-    """One-step laws of a policy on a grid; states are (n, 1) at the policy's face and (n,) here."""
-
-    problem: Problem
-    policy: Policy
-    grid: TimeGrid
-
-    @property
-    def c(self) -> Coefficients:
-        return self.problem.coefficients(self.grid)
-
-    @cached_property
-    def sigma(self) -> Array:
-        """Exploration variance, (N,); 0 when actions are means."""
-        cov = self.policy.exploration_cov(self.grid)
-        return np.zeros(self.grid.steps) if cov is None else np.ascontiguousarray(cov[:, 0, 0])
-
-    @cached_property
-    def s(self) -> Array:
-        """Standard deviation of one step, (N,)."""
-        return np.hypot(self.c.noise, self.c.h * self.c.dt * np.sqrt(self.sigma))
-
-    @property
-    def deterministic(self) -> bool:
-        return not np.any(self.s)
-
-    @cached_property
-    def bonus(self) -> Array:
-        """What a step earns whatever the state, (N,): gamma D H(pi) - lambda kappa D tr Sigma."""
-        out = -self.problem.kl_weight * self.c.kappa * self.c.dt * self.sigma
-        if self.problem.entropy_weight > 0:
-            out = out + self.problem.entropy_weight * self.c.dt * 0.5 * np.log(2 * np.pi * np.e * self.sigma)
-        return out
-
-    def decay(self, i: int) -> float:
-        """e^{-rho D_i}."""
-        return math.exp(-self.problem.discount * self.c.dt[i])
-
-    def moved(self, i: int, x: Array, a: Array) -> Array:
-        """Mean of X_{i+1} given the state and the action, (n,)."""
-        return x + self.c.dt[i] * (-self.c.f[i] * x + self.c.h[i] * a)
-
-    def action(self, i: int, x: Array) -> Array:
-        return self.policy.mean(self.grid, i, x[:, None])[:, 0]
-
-    def centre(self, i: int, x: Array) -> Array:
-        return self.moved(i, x, self.action(i, x))
-
-    def score(self, i: int, x: Array) -> Array:
-        return self.problem.score(float(self.grid.times[i]), x[:, None])[:, 0]
-
-    def slope(self, i: int, x: Array) -> Array:
-        """dm/dx, (n,)."""
-        dmu = self.policy.jacobian_x(self.grid, i, x[:, None])[:, 0, 0]
-        return 1 + self.c.dt[i] * (-self.c.f[i] + self.c.h[i] * dmu)
-
-    def slopes(self, i: int, x: Array) -> tuple[Array, Array]:
-        """dm/dx and d(mu - s)/dx, (n,) each."""
-        dmu = self.policy.jacobian_x(self.grid, i, x[:, None])[:, 0, 0]
-        ds = self.problem.marginal(float(self.grid.times[i])).score_jacobian(x[:, None])[:, 0, 0]
-        return 1 + self.c.dt[i] * (-self.c.f[i] + self.c.h[i] * dmu), dmu - ds
-
-    def cost(self, i: int, gap: Array) -> Array:
-        """lambda kappa D |a - s|^2 for gap = a - s."""
-        return self.problem.kl_weight * self.c.kappa[i] * self.c.dt[i] * gap**2
-
-    def edges(self, width: float) -> tuple[Array, Array]:
-        r"""Where the chain can be, (N + 1,) each: `width` standard deviations, exactly so for a linear chain.
-
-        An edge is c + width w, c the noiseless path of the start's mean and w^2 -> (secant slope of m)^2 w^2 + s^2.
-        """
-        law = self.problem.start_law
-        centres, sd = _components(law)
-        low, high = np.empty(self.grid.steps + 1), np.empty(self.grid.steps + 1)
-        low[0], high[0] = np.min(centres - width * sd), np.max(centres + width * sd)
-        middle = law.mean[0]
-        for i in range(self.grid.steps):
-            left, middle, right = self.centre(i, np.array([low[i], middle, high[i]]))
-            low[i + 1] = middle - np.hypot(middle - left, width * self.s[i])
-            high[i + 1] = middle + np.hypot(right - middle, width * self.s[i])
-        return low, high
-
-
 class _Lattice(NamedTuple):
     """Uniform nodes for every time: low_i + dx_i (0, ..., n - 1); dx from the ends, never from differences of nodes."""
 
@@ -279,7 +187,7 @@ class _Lattice(NamedTuple):
 class _Solution:
     """The law of the chain on a lattice, and on demand its values: what every verb reads from."""
 
-    chain: _Chain
+    chain: LineChain
     lattice: _Lattice
     density: Array  # (N + 1, n)
     centre: Array  # (N, n)
@@ -306,30 +214,19 @@ class _Solution:
 # ---- choosing the lattice --------------------------------------------------------------------------------------------
 
 
-def _components(law: Law) -> tuple[Array, Array]:
-    """Means and standard deviations of a law's Gaussian components, (K,) each."""
-    if isinstance(law, Gaussian):
-        return law.mean, np.sqrt(law.cov[0])
-    return law.means[:, 0], np.sqrt(law.covs[:, 0, 0])
-
-
-def _start_density(problem: Problem, x: Array) -> Array:
-    return np.exp(problem.start_law.log_density(x[:, None]))
-
-
-def _needed(chain: _Chain, low: Array, high: Array) -> int:
+def _needed(chain: LineChain, low: Array, high: Array) -> int:
     """Points so that every step's noise, and the start law, is at least RESOLUTION spacings wide at both its ends."""
     span = high - low
     # sqrt(2): the start law may meet a kernel as narrow as itself
-    start = math.sqrt(2) * span[0] / np.min(_components(chain.problem.start_law)[1])
+    start = math.sqrt(2) * span[0] / np.min(components(chain.problem.start_law)[1])
     return 1 + math.ceil(RESOLUTION * max(start, np.max(np.maximum(span[1:], span[:-1]) / chain.s)))
 
 
-def _propagated(chain: _Chain, lattice: _Lattice, reach: float = REACH) -> _Solution:
+def _propagated(chain: LineChain, lattice: _Lattice, reach: float = REACH) -> _Solution:
     steps, n = chain.grid.steps, lattice.n
     density, centre, gap = np.empty((steps + 1, n)), np.empty((steps, n)), np.empty((steps, n))
     aliasing = 0.0
-    density[0] = _start_density(chain.problem, lattice.nodes(0))
+    density[0] = chain.start_density(lattice.nodes(0))
     for i in range(steps):
         x, mass = lattice.nodes(i), density[i] * lattice.dx[i]
         a = chain.action(i, x)
@@ -355,7 +252,7 @@ def _roughness(solution: _Solution) -> float:
     return float(abs(terms.sum() - 2 * terms[::2].sum()) / max(np.abs(terms).sum(), 1e-300))
 
 
-def _refuse(chain: _Chain, need: int, points: int | None) -> None:
+def _refuse(chain: LineChain, need: int, points: int | None) -> None:
     smallest = np.min(chain.s)
     if points is not None:
         raise ValueError(f"points: expected at least {need} (to resolve each step's noise, {smallest:.3g} at its "
@@ -364,7 +261,7 @@ def _refuse(chain: _Chain, need: int, points: int | None) -> None:
                      f"noise down to {smallest:.3g}, which need {need} (use fewer or longer steps, or give points)")
 
 
-def _solve(chain: _Chain, points: int | None, hull: tuple[Array, Array] | None = None, width: float = WIDTH,
+def _solve(chain: LineChain, points: int | None, hull: tuple[Array, Array] | None = None, width: float = WIDTH,
            reach: float = REACH) -> _Solution:
     """The law on the smallest lattice that is wide and fine enough for it; `hull` asks for at least that much room."""
     n = FEWEST if points is None else check.integer("points", points, at_least=3)
@@ -403,20 +300,9 @@ def _smooth(solution: _Solution, points: int | None) -> _Solution:
     return solution
 
 
-def _checked(problem: Problem, policy: Policy, grid: TimeGrid) -> _Chain:
-    if problem.dim != 1:
-        raise ValueError(f"problem: expected dimension 1 for quadrature, got {problem.dim}")
-    problem.check_policy(policy, grid)
-    return _Chain(problem, policy, grid)
-
-
-def _pretrained(chain: _Chain) -> _Chain:
-    return _Chain(chain.problem, chain.problem.pretrained(chain.grid), chain.grid)
-
-
-def _with_room(chain: _Chain, points: int | None) -> _Solution:
+def _with_room(chain: LineChain, points: int | None) -> _Solution:
     """Solved on a lattice that also covers the pre-trained chain, and can be trusted within 6 standard deviations."""
-    solution = _solve(chain, points, hull=_pretrained(chain).edges(WIDTH))
+    solution = _solve(chain, points, hull=chain.pretrained.edges(WIDTH))
     lattice, p = solution.lattice, solution.density * solution.lattice.dx[:, None]
     x = np.stack([lattice.nodes(i) for i in range(chain.grid.steps + 1)])
     mean = np.sum(p * x, axis=1)
@@ -445,15 +331,15 @@ def evaluate(problem: Problem, policy: Policy, grid: TimeGrid, points: int | Non
     (so that jumps do no harm); the density follows by change of variables.
     Source: theory.md, sections 1 and 7.   Checked: tests/test_quadrature.py::test_reference_numbers
     """
-    chain = _checked(problem, policy, grid)
+    chain = line_chain(problem, policy, grid)
     if chain.deterministic:
-        return _evaluate_transport(chain, points)
+        return transport.evaluate(chain, points)
     solution = _with_room(chain, points)
     n, x = grid.steps, solution.lattice.nodes(grid.steps)
     mass = solution.mass(n)
     gap2 = np.array([solution.mass(i) @ solution.gap[i] ** 2 for i in range(n)])
     reward = float(mass @ problem.reward.value(x[:, None]))
-    return _truth(chain, reward, gap2, _terminal(x, mass, solution.density[n]),
+    return line_truth(chain, reward, gap2, line_terminal(x, mass, solution.density[n]),
                   lambda: _terminal_kl(solution), lambda: _gradient(solution))
 
 
@@ -467,8 +353,24 @@ def value(problem: Problem, policy: Policy, grid: TimeGrid, points: int | None =
     policy's chain; well beyond them a ValueError says so. Without noise V follows the path from x, and V' its adjoint.
     Source: theory.md, section 5.   Checked: tests/test_quadrature.py::test_value_against_dense_recursion
     """
-    chain = _checked(problem, policy, grid)
-    return _TransportValue(chain) if chain.deterministic else _KernelValue(_with_room(chain, points))
+    chain = line_chain(problem, policy, grid)
+    return transport.TransportValue(chain) if chain.deterministic else _KernelValue(_with_room(chain, points))
+
+
+def marginals(problem: Problem, policy: Policy, grid: TimeGrid, points: int | None = None) -> tuple[Terminal, ...]:
+    r"""The laws of X_0 ... X_N of a 1-D chain, each with its density on a lattice of its own.
+
+        p_{i+1}(y) = int p_i(x) N(y; m_i(x), s_i^2) dx
+
+    points, density of each : (n,), evenly spaced, so that E F(X_i) = spacing * sum density F(points) to 1e-10 for a smooth F.
+    ValueError without any noise, where X_i has no density of its own.
+    Source: theory.md, section 1.   Checked: tests/test_theorem_performance_difference.py::test_marginals_are_the_laws_of_shorter_chains
+    """
+    chain = line_chain(problem, policy, grid)
+    if chain.deterministic:
+        raise ValueError("eta: expected eta > 0 or a policy with exploration for densities on a lattice, got neither")
+    solution = _with_room(chain, points)
+    return tuple(line_terminal(solution.lattice.nodes(i), solution.mass(i), solution.density[i]) for i in range(grid.steps + 1))
 
 
 def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
@@ -498,7 +400,7 @@ class Doob:
     objective: float
     path_kl: float
     expected_reward: float
-    chain: _Chain
+    chain: LineChain
     lattice: _Lattice
     nodal: Array
 
@@ -521,7 +423,7 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
     Needs eta > 0, kl_weight > 0 and no discount. The lattice grows until the objective stands still to 1e-12.
     Source: theory.md, section 9 (ii).   Checked: tests/test_quadrature.py::test_doob
     """
-    chain = _checked(problem, problem.pretrained(grid), grid)
+    chain = line_chain(problem, problem.pretrained(grid), grid)
     problem.require_path_kl()
     if problem.kl_weight == 0 or problem.discount > 0:
         raise ValueError(f"problem: expected kl_weight > 0 and discount 0 for Doob's transform, got kl_weight "
@@ -536,7 +438,7 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
                      f"that still moves at {width:.3g} standard deviations")
 
 
-def _doob_on(chain: _Chain, solution: _Solution) -> Doob:
+def _doob_on(chain: LineChain, solution: _Solution) -> Doob:
     problem, lattice, steps = chain.problem, solution.lattice, chain.grid.steps
     nodal = np.empty_like(solution.density)
     reward = problem.reward.value(lattice.nodes(steps)[:, None])
@@ -554,29 +456,6 @@ def _doob_on(chain: _Chain, solution: _Solution) -> Doob:
 # ---- what evaluate is made of ----------------------------------------------------------------------------------------
 
 
-def _truth(chain: _Chain, reward: float, gap2: Array, terminal: Terminal, terminal_kl: Callable[[], float],
-           gradient: Callable[[], ExactGradient]) -> Truth:
-    """J and the penalties from E r and E|mu - s|^2 at every step."""
-    problem, c = chain.problem, chain.c
-    running = chain.bonus - problem.kl_weight * c.kappa * c.dt * gap2
-    return Truth(problem=problem, objective=float(c.final_discount * reward + c.discount @ running),
-                 expected_reward=reward, penalty=float((c.kappa * c.dt) @ (gap2 + chain.sigma)),
-                 mean_penalty=float((c.kappa * c.dt) @ gap2), terminal=terminal, method="quadrature",
-                 compute_terminal_kl=terminal_kl, compute_gradient=gradient)
-
-
-def _terminal(x: Array, mass: Array, density: Array | None) -> Terminal:
-    mean = float(mass @ x)
-    return Terminal(np.array([mean]), np.array([[mass @ (x - mean) ** 2]]), x if density is not None else None, density)
-
-
-def _as_gradient(policy: Policy, theta: Array) -> ExactGradient:
-    if not isinstance(policy, AffinePolicy):
-        return ExactGradient(theta)
-    size = policy.K.size
-    return ExactGradient(theta, theta[:size].reshape(policy.K.shape), theta[size:].reshape(policy.k.shape))
-
-
 def _gradient(solution: _Solution) -> ExactGradient:
     chain, lattice = solution.chain, solution.lattice
     c, weight, slopes = chain.c, chain.problem.kl_weight, solution.values[1]
@@ -585,7 +464,7 @@ def _gradient(solution: _Solution) -> ExactGradient:
         u = c.h[i] * chain.decay(i) * slopes[i] - 2 * weight * c.kappa[i] * solution.gap[i]
         u = u * (c.discount[i] * c.dt[i] * solution.mass(i))
         chain.policy.add_vjp(per_node, chain.grid, i, lattice.nodes(i)[:, None], u[:, None])
-    return _as_gradient(chain.policy, per_node.sum(axis=0))
+    return as_gradient(chain.policy, per_node.sum(axis=0))
 
 
 def _terminal_kl(solution: _Solution) -> float:
@@ -602,10 +481,10 @@ def _terminal_kl(solution: _Solution) -> float:
 
 def _log_pretrained(solution: _Solution, keep: Array) -> Array:
     """log of the pre-trained chain's terminal density at the kept nodes of the last lattice."""
-    chain, lattice, steps = _pretrained(solution.chain), solution.lattice, solution.chain.grid.steps
+    chain, lattice, steps = solution.chain.pretrained, solution.lattice, solution.chain.grid.steps
     x = lattice.nodes(steps)
     if chain.deterministic:
-        return _log_pushed(chain, x[keep])
+        return transport.log_pushed(chain, x[keep])
     low, high = chain.edges(WIDTH)
     p = solution.density[steps]
     likely = x[p > 1e-13 * np.max(p)]
@@ -664,193 +543,3 @@ class _KernelValue(Value):
         xi, weight = np.polynomial.hermite_e.hermegauss(24 if noise > 0 else 1)
         nodes = (centre[:, None] + noise * xi).reshape(-1, 1)
         return chain.decay(i) * self(i + 1, nodes).reshape(len(y), -1) @ (weight / weight.sum()) - cost
-
-
-# ---- no noise at all: transport of points ----------------------------------------------------------------------------
-
-
-class _Paths(NamedTuple):
-    """Noiseless paths from step `first` on, and mu - s along them: (N + 1 - first, n), (N - first, n)."""
-
-    first: int
-    states: Array
-    gap: Array
-
-
-def _paths(chain: _Chain, first: int, x: Array) -> _Paths:
-    steps = chain.grid.steps
-    states, gap = np.empty((steps + 1 - first, x.size)), np.empty((steps - first, x.size))
-    states[0] = x
-    for i in range(first, steps):
-        y = states[i - first]
-        a = chain.action(i, y)
-        gap[i - first], states[i - first + 1] = a - chain.score(i, y), chain.moved(i, y, a)
-    return _Paths(first, states, gap)
-
-
-def _adjoint(chain: _Chain, paths: _Paths, visit: Callable[[int, Array, Array], None] | None = None) -> Array:
-    r"""dV_first/dx along paths: p_N = r', p_i = e^{-rho D} m_i' p_{i+1} - d cost_i/dx; `visit` sees u = dQ_i/da."""
-    c, first = chain.c, paths.first
-    p = chain.problem.reward.gradient(paths.states[-1][:, None])[:, 0]
-    for i in reversed(range(first, chain.grid.steps)):
-        x, (dm, dgap) = paths.states[i - first], chain.slopes(i, paths.states[i - first])
-        push = 2 * chain.problem.kl_weight * c.kappa[i] * c.dt[i] * paths.gap[i - first]
-        if visit is not None:
-            visit(i, x, chain.decay(i) * c.dt[i] * c.h[i] * p - push)
-        p = chain.decay(i) * dm * p - push * dgap
-    return p
-
-
-class _Panels(NamedTuple):
-    """Gauss-Legendre panels of start points: their paths, masses, and what each panel (columns) adds to E r, x, x^2, gap^2."""
-
-    states: Array
-    gap: Array
-    mass: Array
-    sums: Array
-    jump: bool = False
-
-
-def _panels(chain: _Chain, left: Array, width: Array) -> _Panels:
-    node, weight = np.polynomial.legendre.leggauss(ORDER)
-    paths = _paths(chain, 0, (left[:, None] + 0.5 * width[:, None] * (node + 1)).ravel())
-    start, end = paths.states[0], paths.states[-1]
-    mass = _start_density(chain.problem, start) * (0.5 * width[:, None] * weight).ravel()
-    terms = np.stack([chain.problem.reward.value(end[:, None]), end, end**2, *paths.gap**2]) * mass
-    return _Panels(paths.states, paths.gap, mass, terms.reshape(len(terms), -1, ORDER).sum(axis=2))
-
-
-def _start_panels(chain: _Chain, points: int | None) -> _Panels:
-    """Panels halved until nothing changes, so that steep stretches of the flow get as many as they need."""
-    centres, sd = _components(chain.problem.start_law)
-    count = FIRST_PANELS if points is None else -(-check.integer("points", points, at_least=3) // ORDER)
-    edges = np.linspace(np.min(centres - WIDTH * sd), np.max(centres + WIDTH * sd), count + 1)
-    left, width = edges[:-1], np.diff(edges)
-    coarse = _panels(chain, left, width)
-    if points is not None:
-        return coarse
-    done, total, nodes, jump = [], np.zeros(len(coarse.sums)), 0, False
-    while left.size:
-        left, width = np.stack([left, left + 0.5 * width], axis=1).ravel(), np.repeat(0.5 * width, 2)
-        fine = _panels(chain, left, width)
-        scale = np.maximum(1.0, np.abs(total + coarse.sums.sum(axis=1)))[:, None]
-        change = np.max(np.abs(fine.sums[:, ::2] + fine.sums[:, 1::2] - coarse.sums) / scale, axis=0)
-        # what is steep must be resolved however little it weighs: the gradient multiplies it by the slope
-        relative = change / np.maximum(fine.mass.reshape(-1, 2 * ORDER).sum(axis=1), 1e-300)
-        wide = width[::2] > NARROWEST
-        jump = jump or bool(np.any(~wide & (relative > 1e-6)))
-        halve = (change > PANEL_CHANGE) | (wide & (relative > RELATIVE_CHANGE))
-        open_ = np.repeat(halve, 2)
-        if nodes + fine.mass.size > MOST_TRANSPORTED and np.any(open_):
-            warnings.warn(f"policy: the flow is too rough for {nodes + fine.mass.size} start points; expectations are off by "
-                          f"up to {change.sum():.1g}", RuntimeWarning, stacklevel=4)
-            open_[:] = False
-        done.append(_only(fine, ~open_))
-        total, nodes = total + done[-1].sums.sum(axis=1), nodes + done[-1].mass.size
-        left, width, coarse = left[open_], width[open_], _only(fine, open_)
-    order = np.argsort(np.concatenate([panels.states[0] for panels in done]))
-    states, gap, mass = (np.concatenate(parts, axis=-1)[..., order] for parts in list(zip(*done, strict=True))[:3])
-    return _Panels(states, gap, mass, total[:, None], jump)
-
-
-def _only(panels: _Panels, chosen: Array) -> _Panels:
-    at = np.repeat(chosen, ORDER)
-    return _Panels(panels.states[:, at], panels.gap[:, at], panels.mass[at], panels.sums[:, chosen])
-
-
-def _evaluate_transport(chain: _Chain, points: int | None) -> Truth:
-    states, gap, mass, sums, jump = _start_panels(chain, points)
-    expected, paths = sums.sum(axis=1), _Paths(0, states, gap)
-    density = _transported_density(chain, states)
-    return _truth(chain, float(expected[0]), expected[3:], _terminal(states[-1], mass, density),
-                  lambda: _transport_kl(chain, states[-1], mass, density),
-                  lambda: _transport_gradient(chain, paths, mass, jump))
-
-
-def _transported_density(chain: _Chain, states: Array) -> Array | None:
-    """p_0(X_0) / (dX_N/dX_0) along paths, or None when a step folds the line over."""
-    log_density = chain.problem.start_law.log_density(states[0][:, None])
-    for i, x in enumerate(states[:-1]):
-        slope = chain.slope(i, x)
-        if np.any(slope <= 0):
-            return None
-        log_density = log_density - np.log(slope)
-    return np.exp(log_density)
-
-
-def _transport_gradient(chain: _Chain, paths: _Paths, mass: Array, jump: bool) -> ExactGradient:
-    if jump:
-        warnings.warn("policy: the reward along the flow jumps (or is too steep for rounding); a gradient along paths misses "
-                      "what the jump adds", RuntimeWarning, stacklevel=4)
-    per_path = np.zeros((len(mass), chain.policy.theta.size))
-
-    def visit(i: int, x: Array, u: Array) -> None:
-        chain.policy.add_vjp(per_path, chain.grid, i, x[:, None], (chain.c.discount[i] * u * mass)[:, None])
-
-    _adjoint(chain, paths, visit)
-    return _as_gradient(chain.policy, per_path.sum(axis=0))
-
-
-def _transport_kl(chain: _Chain, end: Array, mass: Array, density: Array | None) -> float:
-    if density is None:
-        raise ValueError("grid: expected steps that keep the order of points (1 - D f + D h mu' > 0) for a terminal "
-                         "density, got a step that folds; use more steps")
-    keep = mass > 1e-30
-    return float(mass[keep] @ (np.log(density[keep]) - _log_pushed(_pretrained(chain), end[keep])))
-
-
-def _log_pushed(chain: _Chain, y: Array) -> Array:
-    """log density of a noiseless chain's terminal law at y: back through every step, then log p_0 - log dX_N/dX_0."""
-    log_slope = np.zeros_like(y)
-    for i in reversed(range(chain.grid.steps)):
-        y = _preimage(chain, i, y)
-        log_slope += np.log(chain.slope(i, y))
-    return chain.problem.start_law.log_density(y[:, None]) - log_slope
-
-
-def _preimage(chain: _Chain, i: int, y: Array) -> Array:
-    """x with m_i(x) = y for an increasing m_i, by Newton's method inside a shrinking bracket."""
-    moved = chain.centre(i, y) - y
-    x, room = y - moved, 1.0 + 2 * np.abs(moved)
-    low, high = y - room, y + room
-    for _ in range(60):
-        below, above = chain.centre(i, low) > y, chain.centre(i, high) < y
-        if not np.any(below | above):
-            break
-        room *= 2
-        low, high = np.where(below, low - room, low), np.where(above, high + room, high)
-    for _ in range(80):
-        miss, slope = chain.centre(i, x) - y, chain.slope(i, x)
-        if np.any(slope <= 0):
-            raise ValueError("grid: expected pre-trained steps that keep the order of points (1 - D f + D h s' > 0) "
-                             "for a terminal density, got a step that folds; use more steps")
-        low, high = np.where(miss < 0, x, low), np.where(miss > 0, x, high)
-        step = x - miss / slope
-        step = np.where((step < low) | (step > high), 0.5 * (low + high), step)
-        done = np.max(np.abs(step - x) / (1 + np.abs(x))) < 4e-16
-        x = step
-        if done:
-            break
-    return x
-
-
-@dataclass(frozen=True, eq=False)
-class _TransportValue(Value):
-    """V along the noiseless path from x; see `value`."""
-
-    chain: _Chain
-
-    def __call__(self, i: int, x: Array) -> Array:
-        chain, paths = self.chain, _paths(self.chain, i, check.points("x", x, 1)[:, 0])
-        out = chain.problem.reward.value(paths.states[-1][:, None])
-        for j in reversed(range(i, chain.grid.steps)):
-            out = chain.decay(j) * out + chain.bonus[j] - chain.cost(j, paths.gap[j - i])
-        return out
-
-    def gradient(self, i: int, x: Array) -> Array:
-        return _adjoint(self.chain, _paths(self.chain, i, check.points("x", x, 1)[:, 0]))[:, None]
-
-    def action_value(self, i: int, x: Array, a: Array) -> Array:
-        chain, y, act = self.chain, check.points("x", x, 1)[:, 0], check.points("a", a, 1)[:, 0]
-        following = self(i + 1, chain.moved(i, y, act)[:, None])
-        return chain.decay(i) * following - chain.cost(i, act - chain.score(i, y))
