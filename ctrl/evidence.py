@@ -63,11 +63,17 @@ def estimate_test(mean: Array, standard_error: Array, expected: Array | float, *
     quantile = ndtri if freedom is None else partial(stdtrit, freedom)
     threshold = float(-quantile(false_alarm / (2 * mean.size)))
     worst = int(np.argmax(np.abs(z)))
-    # A random standard error widens the law of the statistic around a wrong mean (noncentral t, second order).
-    widening = 1.0 if freedom is None else float(np.sqrt(1 + threshold**2 / (2 * freedom)))
-    resolves = (threshold - float(ndtri(miss)) * widening) * float(standard_error.max())
+    resolves = separation(threshold, freedom, miss) * float(standard_error.max())
     return MeanTest(float(mean[worst]), float(expected[worst]), float(standard_error[worst]), float(z[worst]),
                     threshold, resolves)
+
+
+def separation(threshold: float, freedom: int | None = None, miss: float = MISS) -> float:
+    """How many standard errors away a mean must be for a test at this threshold to see it with probability 1 - miss.
+
+    A random standard error widens the law of the statistic around a wrong mean (noncentral t, second order).
+    """
+    return threshold - float(ndtri(miss)) * (1.0 if freedom is None else float(np.sqrt(1 + threshold**2 / (2 * freedom))))
 
 
 @dataclass(frozen=True)

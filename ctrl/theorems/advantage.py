@@ -108,6 +108,10 @@ class AdvantageRate(Theorem):
     name = "advantage"
     statement = ("The advantage rate is known once ∇V is: q(t, x, a) = lim (Q_D - V)/D = h (a - μ)·∇V "
                  "- λ κ (|a - s|² - |μ - s|² - tr Σ), and E_{a~π} q = 0; on the sampled chain E_π[Q_i - V_i] = 0 exactly.")
+    formulas = (
+        r"q(t, x, a) = \lim_{D \to 0} \dfrac{Q_D(t, x, a) - V(t, x)}{D} = h\, (a - \mu) \cdot \nabla V"
+        r" - \lambda \kappa \left( |a - s|^2 - |\mu - s|^2 - \mathrm{tr}\, \Sigma \right)",
+        r"\mathbb{E}_{a \sim \pi}\, q(t, x, a) = 0,\qquad \mathbb{E}_\pi [\, Q_i - V_i \,] = 0")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
         for eta in case.etas:

@@ -121,6 +121,9 @@ class Exploration(Theorem):
     statement = ("Sampling a_i ~ N(mu, Sigma) at each grid time and holding it converges to the SDE of the mean action, since the "
                  "drift is affine in the action and the volatility is not controlled; only the cost moves at once: "
                  "E|X_sampled - X_mean|² = O(D), law gap O(D), J_sampled - J_mean → -λ ∫ κ tr Σ dt.")
+    formulas = (
+        r"a_i \sim \mathcal{N}(\mu, \Sigma) \quad\Rightarrow\quad \mathbb{E}\, |X^{\mathrm{sampled}} - X^{\mathrm{mean}}|^2 = O(D)",
+        r"J_{\mathrm{sampled}} - J_{\mathrm{mean}} \;\to\; -\lambda \int_0^T \kappa\, \mathrm{tr}\, \Sigma\, dt \qquad (D \to 0)")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
         if case.problem.kl_weight == 0:
@@ -203,9 +206,10 @@ class Exploration(Theorem):
         if not case.linear:
             return
         gap, expected = squared_gap(paths, mean), float(np.trace(truth.terminal.cov - case.truth.terminal.cov))
-        yield self.monte_carlo(case, mean_test(gap, expected), 0.05 * expected, "E|X_sampled - X_mean|^2 on shared noise")
+        right = mean_test(gap, expected)
+        yield self.monte_carlo(case, right, 0.05 * expected, "E|X_sampled - X_mean|^2 on shared noise")
         over = squared_gap(simulate(problem, divided(problem, sampled, grid), grid, noise), mean)
-        yield self.planted_sampled(case, mean_test(over, expected), "sampling with Sigma/D (simulated)")
+        yield self.planted_sampled(case, mean_test(over, expected), "sampling with Sigma/D (simulated)", right)
 
     def _conditional(self, case: Case) -> Iterator[Verdict]:
         """The charge beyond tr Sigma has mean zero whatever the law of the states: it needs no truth."""

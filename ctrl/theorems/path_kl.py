@@ -114,6 +114,12 @@ class PathKL(Theorem):
 
     name = "path_kl"
     statement = "KL(P_theta || P_pre) = E_theta ∫ κ |μ - s|² dt,  κ = h²/(2 η² g²), nats; the left-point sum is exact on the chain"
+    formulas = (
+        r"\mathrm{KL}(P_\theta \Vert P_{\mathrm{pre}}) = \mathbb{E}_\theta \int_0^T \kappa\, |\mu - s|^2\, dt,"
+        r"\qquad \kappa = \dfrac{h^2}{2\, \eta^2 g^2}",
+        r"\log \dfrac{dP_\theta}{dP_{\mathrm{pre}}} = \sum_i \left( u_i^\top \xi_i + \frac{1}{2} |u_i|^2 \right),"
+        r"\qquad u_i = \sqrt{2 \kappa_i D_i}\, (\mu_i - s_i)",
+        r"\mathrm{KL}_{\mathrm{terminal}} \leq \mathrm{KL}_{\mathrm{path}}")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
         for eta in case.etas:
@@ -209,15 +215,15 @@ class PathKL(Theorem):
         squared, log_ratio = (np.concatenate(part) for part in zip(*batches, strict=True))
         # Judged as the right formula is: against the exact KL, or where there is none against the paths' own log-ratios.
         target = case.truth.path_kl if case.solvable else log_ratio
-        yield self.monte_carlo(case, mean_test(squared @ (c.kappa * c.dt) - target, 0.0), 0.25 * float(log_ratio.mean()),
-                               f"{tag}the penalty of the planted errors' own paths")
+        right = mean_test(squared @ (c.kappa * c.dt) - target, 0.0)
+        yield self.monte_carlo(case, right, 0.25 * float(log_ratio.mean()), f"{tag}the penalty of the planted errors' own paths")
         for what, weight, invisible in wrong_rates(case):
             if invisible:
                 yield self.skipped(case, f"{tag}{what}: invisible, {invisible}")
             else:
-                yield self.planted_sampled(case, mean_test(squared @ weight - target, 0.0), f"{tag}{what}")
+                yield self.planted_sampled(case, mean_test(squared @ weight - target, 0.0), f"{tag}{what}", right)
         under_pre = np.concatenate([np.sum(departure_under(case.policy, run) ** 2, axis=2) @ (c.kappa * c.dt) for run in self._pre_runs(case, n)])
-        yield self.planted_sampled(case, mean_test(under_pre - target, 0.0), f"{tag}reverse KL, i.e. expectation over P_pre states")
+        yield self.planted_sampled(case, mean_test(under_pre - target, 0.0), f"{tag}reverse KL, i.e. expectation over P_pre states", right)
         yield self.skipped(case, f"{tag}eta of the policy unlike eta of the reference: the joint law of a path is needed, i.e. Gaussian data")
 
     def _planted_exactly(self, case: Case, tag: str) -> Iterator[Verdict]:

@@ -210,6 +210,10 @@ class PolicyGradient(Theorem):
 
     name = "policy_gradient"
     statement = "∇J = E ∫ (∂μ)' [ h ∇V − 2λκ(μ − s) ] dt: score-function, temporal-difference, value-gradient and pathwise forms agree"
+    formulas = (
+        r"\nabla_\theta J = \mathbb{E} \int_0^T (\partial_\theta \mu)^\top \left[\, h\, \nabla V - 2 \lambda \kappa\, (\mu - s) \,\right] dt",
+        r"\nabla_\theta J = \mathbb{E} \int_0^T \mathbb{E}_{a \sim \pi} \left[\, \nabla_\theta \log \pi(a \mid t, X_t)\, q(t, X_t, a) \,\right] dt",
+        r"\mathbb{E}[ \nabla V_{i+1}(X_{i+1}) \mid X_i ] = \dfrac{1}{\eta\, g_i \sqrt{D_i}}\, \mathbb{E}[\, V_{i+1}(X_{i+1})\, \xi_i \mid X_i \,]")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
         for eta in case.etas:
@@ -294,8 +298,10 @@ class PolicyGradient(Theorem):
             if name != "score function" and name.startswith(("score", "reward")) and "baseline" not in name:
                 yield self.monte_carlo(case, paired(name), 0.25 * scale, f"{tag}{name} and the score function agree on shared paths")
         yield self._finite_difference(case, noise[:1000], reference[:1000], tag)
+        # What a wrong one is a part of: a right one of another form, as its own right form leaves no noise on the same paths.
+        step, end = paired("reward-to-go"), mean_test(samples["score function" if value is None else "value gradient"] - reference, 0.0)
         for name, _ in wrong:
-            yield self.planted_sampled(case, paired(name), f"{tag}{name}")
+            yield self.planted_sampled(case, paired(name), f"{tag}{name}", right=end if name.startswith("truncated") else step)
 
     def _finite_difference(self, case: Case, noise: Noise, pathwise: Array, tag: str) -> Verdict:
         """Central differences on the paths of the pathwise gradient: no sampling noise is left, only O(eps^2)."""

@@ -219,6 +219,10 @@ class Reversal(Theorem):
     statement = ("With the exact score as action and X_0 ~ p_T, the generation SDE has the noised laws as its marginals at every "
                  "stochasticity: dX = [-f X + h s] dt + eta g dB, h = (1 + eta²)/2 g², s = ∇ log p_{T-t}  ⇒  law(X_t) = p_{T-t} "
                  "for all eta ≥ 0.")
+    formulas = (
+        r"dX_t = \left[\, -f X_t + h\, s(t, X_t) \,\right] dt + \eta\, g\, dB_t,\qquad h = \dfrac{1 + \eta^2}{2}\, g^2,"
+        r"\qquad s = \nabla \log p_{T-t}",
+        r"X_0 \sim p_T \;\;\Rightarrow\;\; \mathrm{law}(X_t) = p_{T-t} \quad \mathrm{for\ every}\ \eta \geq 0")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
         yield from self._pointwise(case)
@@ -285,8 +289,9 @@ class Reversal(Theorem):
             if case.linear and eta != 1:
                 pre, gain = problem.pretrained(grid), 2 / (1 + eta**2)
                 assert isinstance(pre, AffinePolicy)
-                test = mean_test(standardised(AffinePolicy(gain * pre.K, gain * pre.k), "gain", 20_000), expected)
-                yield self.planted_sampled(here, test, f"{_at(eta)}gain g^2 for h (simulated)")
+                wrong, right = (mean_test(standardised(policy, "gain", 20_000), expected)
+                                for policy in (AffinePolicy(gain * pre.K, gain * pre.k), pre))
+                yield self.planted_sampled(here, wrong, f"{_at(eta)}gain g^2 for h (simulated)", right)
 
     def _orders(self, case: Case) -> Iterator[Verdict]:
         """The chain's terminal law comes to the data law at order 1."""

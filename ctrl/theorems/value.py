@@ -322,6 +322,10 @@ class ValueMartingale(Theorem):
     statement = ("The value function minus the costs already paid is a martingale: "
                  "E[V_{i+1}(X_{i+1}) | X_i = x] - V_i(x) - λ κ_i D_i |μ_i - s_i|² = 0, V_N = r, E V_0(X_0) = J; "
                  "in the limit ∂V/∂t + (-f x + h μ)·∇V + ½ η² g² ΔV - λ κ |μ - s|² = 0.")
+    formulas = (
+        r"V(t, x) = \mathbb{E} \left[\, r(X_T) - \lambda \int_t^T \kappa\, |\mu - s|^2\, du \,\mid\, X_t = x \,\right]",
+        r"\mathbb{E}\left[\, V_{i+1}(X_{i+1}) - V_i(X_i) \mid X_i \,\right] = \lambda\, \kappa_i D_i\, |\mu_i - s_i|^2",
+        r"\partial_t V + (-f x + h \mu) \cdot \nabla V + \frac{1}{2} \eta^2 g^2\, \Delta V = \lambda \kappa\, |\mu - s|^2,\qquad V(T, x) = r(x)")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
         if not case.solvable:

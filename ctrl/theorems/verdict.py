@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from ctrl import exact
 from ctrl.check import Array
-from ctrl.evidence import MISS, MeanTest, fitted_order
+from ctrl.evidence import MISS, MeanTest, fitted_order, separation
 from ctrl.laws import Gaussian
 from ctrl.noise import Noise
 from ctrl.policy import BasisPolicy, Monomials
@@ -42,17 +42,45 @@ class Verdict:
     holds: bool | None
     reason: str
     seconds: float = 0.0
+    right_error: float | None = None  # of a planted row by Monte Carlo: the right formula's standard error in the same check
 
     def __post_init__(self) -> None:
         # NumPy's False is not False: a verdict is a plain bool, its numbers plain floats.
         object.__setattr__(self, "holds", None if self.holds is None else bool(self.holds))
-        for name in ("measured", "expected", "tolerance", "z"):
+        for name in ("measured", "expected", "tolerance", "z", "right_error"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else float(value))
 
+    @property
+    def resolution(self) -> float | None:
+        r"""The smallest share of a planted error that its check catches with probability 1 - miss; None for other rows.
+
+        An error of size e is the blend (1 - e) right + e wrong of the checked quantity: its mean is e G away, G = measured - expected.
+
+            exact check:        e = tolerance / |G|
+            Monte Carlo check:  e |G| = s ( (1 - e) se_right + e se ),    s = threshold + z_miss sqrt(1 + threshold^2 / 2 freedom)
+
+        By the triangle inequality the bracket is an upper bound of the blend's standard error; without a given se_right it is se.
+        `inf` where no share of it is caught that often. Freedom is taken as 1000: an upper bound, samples being
+        thousands. The measured G is itself uncertain by se: e by a part se / |G|. Exact checks: up to the right formula's rounding.
+        Source: theory.md, section 0.   Checked: tests/test_sensitivity.py::test_sampled_errors_are_missed_as_often_as_said
+        """
+        if self.check != "planted" or self.measured is None or self.expected is None or self.tolerance is None:
+            return None
+        gap = abs(self.measured - self.expected)
+        if gap == 0 or not math.isfinite(gap):
+            return math.inf if gap == 0 else None
+        if self.z is None:
+            return self.tolerance / gap
+        se = gap / abs(self.z)
+        right = se if self.right_error is None else self.right_error
+        away = separation(self.tolerance / se, freedom=1000)
+        rest = gap - away * (se - right)
+        return away * right / rest if rest > 0 else math.inf
+
     def record(self) -> dict[str, Any]:
         """For JSON: infinite and NaN numbers become None with the fact told in the reason."""
-        row = dict(vars(self))
+        row = {name: value for name, value in vars(self).items() if name != "right_error"}
         for name in ("measured", "expected", "tolerance", "z"):
             if row[name] is not None and not math.isfinite(row[name]):
                 row["reason"] += f" ({name} was {row[name]})"
@@ -171,13 +199,17 @@ class Theorem(ABC):
         reason = f"planted: {what}" + (" was NOT caught" if passes else "")
         return Verdict(self.name, case.name, "planted", worst_measured, worst_expected, allowed, None, not passes, reason)
 
-    def planted_sampled(self, case: Case, test: MeanTest, what: str) -> Verdict:
-        """A wrong formula against a Monte Carlo check: the row holds when the check rejects it."""
+    def planted_sampled(self, case: Case, test: MeanTest, what: str, right: MeanTest | None = None) -> Verdict:
+        """A wrong formula against a Monte Carlo check: the row holds when the check rejects it.
+
+        right : the right formula in the same check, where its standard error is another (see Verdict.resolution).
+        """
+        right_error = None if right is None else right.resolves / separation(right.threshold)  # the worst coordinate's, at least
         if case.own and test.holds:
             return self.skipped(case, f"planted: {what}: not visible at this sample size (z = {test.z:.2f})")
         reason = f"planted: {what}" + (" was NOT caught" if test.holds else "")
         return Verdict(self.name, case.name, "planted", test.mean, test.expected, test.threshold * test.standard_error, test.z,
-                       not test.holds, reason)
+                       not test.holds, reason, right_error=right_error)
 
     def skipped(self, case: Case, reason: str) -> Verdict:
         return Verdict(self.name, case.name, "skipped", None, None, None, None, None, reason)
