@@ -396,17 +396,26 @@ def _couples_paths(estimator: Estimator) -> bool:
 
 
 def differentiated(case: Case, step: float = 2e-2) -> Array:
-    r"""dJ/dtheta by central differences, extrapolated twice (Richardson): error O(step^6).
-
-        D(h) = ( J(theta + h) - J(theta - h) ) / 2h,     ( 64 D(h/4) - 20 D(h/2) + D(h) ) / 45
+    """dJ/dtheta by `richardson` differences of the exact objective, coordinate by coordinate, (p,).
 
     Source: theory.md, section 7.   Checked: tests/test_theorem_policy_gradient.py::test_all_verdicts_hold
     """
-    def central(j: int, h: float) -> float:
-        unit = np.eye(case.policy.theta.size)[j] * h
-        up, down = (exact.evaluate(case.problem, case.policy.with_theta(case.policy.theta + sign * unit), case.grid).objective
-                    for sign in (1, -1))
-        return (up - down) / (2 * h)
+    theta = case.policy.theta
 
-    return np.array([(64 * central(j, step / 4) - 20 * central(j, step / 2) + central(j, step)) / 45
-                     for j in range(case.policy.theta.size)])
+    def along(unit: Array) -> Callable[[float], float]:
+        return lambda h: exact.evaluate(case.problem, case.policy.with_theta(theta + h * unit), case.grid).objective
+
+    return np.array([richardson(along(unit), step) for unit in np.eye(theta.size)])
+
+
+def richardson(function: Callable[[float], float], step: float = 2e-2) -> float:
+    r"""f'(0) by central differences, extrapolated twice: error O(step^6).
+
+        D(h) = ( f(h) - f(-h) ) / 2h,     ( 64 D(h/4) - 20 D(h/2) + D(h) ) / 45
+
+    Source: standard.   Checked: tests/test_theorem_policy_gradient.py::test_richardson_difference_is_the_exact_gradient
+    """
+    def central(h: float) -> float:
+        return (function(h) - function(-h)) / (2 * h)
+
+    return (64 * central(step / 4) - 20 * central(step / 2) + central(step)) / 45
