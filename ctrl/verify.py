@@ -1,4 +1,4 @@
-"""`ctrl verify`: every theorem on every problem, one table, one JSON file, one figure per theorem (theory.md, section 0)."""
+"""`ctrl verify`: every theorem on every problem, one table, one JSON file, one figure per theorem, one page (theory.md, section 0)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from hashlib import sha256
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, TextIO
 
-from ctrl import check, zoo
+from ctrl import check, report, zoo
 from ctrl.evidence import FALSE_ALARM, MISS
-from ctrl.files import user_object, versions, writable, write_json
+from ctrl.files import environment, user_object, versions, writable, write_json, write_text
+from ctrl.laws import GaussianMixture
 from ctrl.problem import Problem
 from ctrl.theorems.advantage import AdvantageRate
 from ctrl.theorems.exploration import Exploration
@@ -64,26 +66,32 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Rows and finished (theorem, problem) pairs of a run, on disk after every pair and whenever it stops."""
+    """Rows, finished (theorem, problem) pairs and drawn figures of a run, on disk after every one and whenever it stops."""
 
     folder: Path
     identity: dict[str, Any]
     rows: list[Verdict] = field(default_factory=list)
     done: list[list[str]] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=list)
+
+    def picture(self, theorem: str) -> Path:
+        return self.folder / f"{theorem}.png"
 
     def write(self) -> None:
         write_json(self.folder / "verdicts.json", [row.record() for row in self.rows])
-        write_json(self.folder / "run.json", {**self.identity, "platform": platform.platform(), "done": self.done})
+        report.write_sensitivity(self.folder / "sensitivity.csv", self.rows)
+        write_json(self.folder / "run.json", {**self.identity, "platform": platform.platform(), "done": self.done, "drawn": self.drawn})
 
     def read(self) -> None:
-        """Take up the finished pairs of an earlier run with the same settings."""
+        """Take up the finished pairs and figures of an earlier run with the same settings."""
         path = self.folder / "run.json"
         if not path.exists():
             return
         try:
             earlier = dict(json.loads(path.read_text()))
             rows = json.loads((self.folder / "verdicts.json").read_text())
-            pairs = [(row["theorem"], row["problem"]) for row in rows]
+            keys = [(row["theorem"], row["problem"], row["reason"]) for row in rows]
+            right_error = report.right_errors(self.folder / "sensitivity.csv")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: expected a readable earlier run in {self.folder}, got {error}") from None
         differing = [key for key, value in self.identity.items() if earlier.get(key) != value]
@@ -91,13 +99,14 @@ class Progress:
             raise ValueError(f"resume: expected an earlier run with the same {', '.join(differing)}, got "
                              f"{', '.join(str(earlier.get(key)) for key in differing)} in {self.folder}")
         self.done = earlier["done"]
+        self.drawn = [name for name in earlier.get("drawn", []) if self.picture(name).exists()]
         names = {f.name for f in fields(Verdict)}
-        finished = {tuple(pair) for pair in self.done}
-        self.rows = [Verdict(**{k: v for k, v in row.items() if k in names}) for row, pair in zip(rows, pairs, strict=True) if pair in finished]
+        self.rows = [Verdict(**{k: v for k, v in row.items() if k in names}, right_error=right_error.get(key))
+                     for row, key in zip(rows, keys, strict=True) if list(key[:2]) in self.done]
 
 
 def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: TextIO | None = None) -> list[Verdict]:
-    """Run the theorems, print the table as it grows, write verdicts.json and the figures, and return all verdicts.
+    """Run the theorems, print the table as it grows, write verdicts.json, the figures and index.html, and return all verdicts.
 
     Interrupted runs keep what they have; `resume` goes on from there.
     Source: theory.md, section 0.   Checked: tests/test_verify.py::test_verdicts_file
@@ -116,35 +125,45 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
         _run(settings, chosen, cases, progress, stream, width)
     finally:
         progress.write()
-    figures = _figures(settings, chosen, cases)
-    print(_summary(progress.rows, figures, settings.out, time.perf_counter() - started), file=stream)
+    seconds = time.perf_counter() - started
+    pictures = {name: progress.picture(name).read_bytes() for name in progress.drawn}
+    write_text(settings.out / "index.html", report.page(progress.rows, theorems, pictures, _facts(settings, progress, seconds)))
+    print(_summary(progress, seconds), file=stream)
     return progress.rows
 
 
 def _run(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Case], progress: Progress, stream: TextIO, width: int) -> None:
-    """All (theorem, case) pairs, side by side; the table and the file keep the order of theorems and cases."""
+    """All (theorem, case) pairs and figures, side by side; the table and the file keep the order of theorems and cases."""
     from tqdm import tqdm
 
-    pairs = [(theorem, case) for theorem in theorems for case in cases]
-    order = {(theorem.name, case.name): j for j, (theorem, case) in enumerate(pairs)}
-    pending = [(theorem, case) for theorem, case in pairs if [theorem.name, case.name] not in progress.done]
-    with tqdm(total=len(pending), disable=None, unit="pair", leave=False, file=sys.stderr) as bar:
-        for name, case_name, rows in _side_by_side(settings, [(_checked, theorem, case) for theorem, case in pending]):
-            for row in rows:
-                progress.rows.append(row)
-                tqdm.write(_line(row, width), file=stream)
-                stream.flush()
-            progress.done.append([name, case_name])
-            progress.rows.sort(key=lambda row: order.get((row.theorem, row.problem), -1))  # rows of other theorems, resumed, first
+    order = {(theorem.name, case.name): j for j, (theorem, case) in enumerate((theorem, case) for theorem in theorems for case in cases)}
+    tasks: list[Task] = [(_checked, theorem, case) for theorem in theorems for case in cases if [theorem.name, case.name] not in progress.done]
+    drawable = next((case for case in cases if case.linear), None)  # the first case that has a continuous limit
+    if drawable is not None:
+        tasks += [(_drawn, theorem, drawable) for theorem in theorems if theorem.name not in progress.drawn]
+    with tqdm(total=len(tasks), disable=None, unit="part", leave=False, file=sys.stderr) as bar:
+        for name, case_name, part in _side_by_side(settings, tasks):
+            if isinstance(part, bytes):
+                if part:
+                    progress.picture(name).write_bytes(part)
+                    progress.drawn.append(name)
+            else:
+                for row in part:
+                    progress.rows.append(row)
+                    tqdm.write(_line(row, width), file=stream)
+                    stream.flush()
+                progress.done.append([name, case_name])
+                progress.rows.sort(key=lambda row: order.get((row.theorem, row.problem), -1))  # rows of other theorems, resumed, first
             progress.write()
             bar.update()
             bar.set_description(f"{name} on {case_name}")
 
 
-Task = tuple[Callable[[Theorem, Case], Any], Theorem, Case]
+Part = tuple[str, str, Iterable[Verdict] | bytes]
+Task = tuple[Callable[[Theorem, Case], Part], Theorem, Case]
 
 
-def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Any]:
+def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Part]:
     """The results of tasks as they come: in this process with one thread, else in spawned processes of one thread each.
 
     A process reads a user's problem from its file again, as code from a file cannot be sent.
@@ -157,19 +176,45 @@ def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Any]:
     from joblib import Parallel, delayed, parallel_config
 
     with parallel_config(backend="loky", inner_max_num_threads=1):
-        # The last theorems take longest: begun first, they do not leave one process working alone at the end.
-        calls = (delayed(_in_worker)(function, theorem, settings, case.name) for function, theorem, case in reversed(tasks))
+        # Long tasks begun first do not leave one process working alone at the end.
+        calls = (delayed(_in_worker)(function, theorem, settings, case.name) for function, theorem, case in sorted(tasks, key=_size, reverse=True))
         yield from Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)(calls)
 
 
-def _in_worker(function: Callable[[Theorem, Case], Any], theorem: Theorem, settings: Settings, case_name: str) -> Any:
-    return function(theorem, next(case for case in _cases(settings) if case.name == case_name))
+def _size(task: Task) -> tuple[int, int]:
+    """What a task's time grows with: components of the data law, then dimensions; a figure is one simple case on many grids."""
+    function, _, case = task
+    data = case.problem.data
+    return len(data.weights) if isinstance(data, GaussianMixture) else 1, case.problem.dim + (function is _drawn)
 
 
-def _checked(theorem: Theorem, case: Case) -> tuple[str, str, Iterable[Verdict]]:
+def _in_worker(function: Callable[[Theorem, Case], Part], theorem: Theorem, settings: Settings, case_name: str) -> Part:
+    return function(theorem, _case(settings, case_name))
+
+
+@lru_cache(maxsize=16)
+def _case(settings: Settings, name: str) -> Case:
+    """In a process of its own: a case that all its tasks share."""
+    return next(case for case in _cases(settings) if case.name == name)
+
+
+def _checked(theorem: Theorem, case: Case) -> Part:
     """The verdicts of one pair; a list, so that it can come from another process, or rows as they come in this one."""
     rows = _rows(theorem, case)
     return theorem.name, case.name, rows if current_process().name == "MainProcess" else list(rows)
+
+
+def _drawn(theorem: Theorem, case: Case) -> Part:
+    """The figure as a PNG, empty where a user's problem does not have what it shows."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        try:
+            return theorem.name, case.name, png(theorem.figure(case))
+        except ValueError:
+            if not case.own:
+                raise
+            return theorem.name, case.name, b""
 
 
 def _rows(theorem: Theorem, case: Case) -> Iterator[Verdict]:
@@ -199,26 +244,17 @@ def _timed(rows: Iterator[Verdict]) -> Iterator[Verdict]:
         yield replace(row, seconds=round(time.perf_counter() - start, 4))
 
 
-def _figures(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Case]) -> list[Path]:
-    """One PNG per theorem, drawn on the first case that has a continuous limit."""
-    drawable = next((case for case in cases if case.linear), None)
-    if drawable is None:
-        return []
-    drawn = dict(_side_by_side(settings, [(_drawn, theorem, drawable) for theorem in theorems]))
-    paths = [settings.out / f"{theorem.name}.png" for theorem in theorems if drawn[theorem.name]]
-    for path in paths:
-        path.write_bytes(drawn[path.stem])
-    return paths
-
-
-def _drawn(theorem: Theorem, case: Case) -> tuple[str, bytes]:
-    """(name, PNG), empty where a user's problem does not have what the figure shows."""
-    try:
-        return theorem.name, png(theorem.figure(case))
-    except ValueError:
-        if not case.own:
-            raise
-        return theorem.name, b""
+def _facts(settings: Settings, progress: Progress, seconds: float) -> dict[str, str]:
+    """What the page says of the run."""
+    here = environment("matplotlib")
+    commit = f"commit {here['commit'][:12]}{' with local changes' if here['dirty'] else ''}, " if here["commit"] else ""
+    work = sum(row.seconds for row in progress.rows)
+    return {
+        "run": f"{'quick' if settings.quick else 'full'}, seed {settings.seed}, {settings.problem or 'all named problems'}",
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "time": f"{seconds:.0f} s on up to {settings.threads or _cores()} cores{' (resumed)' if settings.resume else ''}; {work:.0f} s of checks",
+        "machine": f"{here['platform']}, {here['processor']}, {here['cores']} cores",
+        "versions": commit + ", ".join(f"{name} {version}" for name, version in here["versions"].items())}
 
 
 def _chosen(settings: Settings, theorems: Sequence[Theorem]) -> list[Theorem]:
@@ -270,8 +306,9 @@ def _line(row: Verdict, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _summary(rows: Sequence[Verdict], figures: Sequence[Path], out: Path, seconds: float) -> str:
+def _summary(progress: Progress, seconds: float) -> str:
     """Counts, error rates, failures in full, and where everything was written."""
+    rows, out = progress.rows, progress.folder
     judged = [row for row in rows if row.holds is not None]
     planted = [row for row in judged if row.check == "planted"]
     sampled = [row for row in judged if row.check == "monte_carlo"]
@@ -281,5 +318,6 @@ def _summary(rows: Sequence[Verdict], figures: Sequence[Path], out: Path, second
              f"{len(sampled)} Monte Carlo checks at {FALSE_ALARM:g} each: a correct library fails this run with probability at most "
              f"{len(sampled) * FALSE_ALARM:.1g}; each sees the error it states with probability {1 - MISS:g}"]
     lines += [f"FAIL {row.theorem} on {row.problem} ({row.check}): {row.reason}" for row in failed]
-    lines.append(f"written: {out / 'verdicts.json'}" + "".join(f", {path}" for path in figures))
+    files = [out / "index.html", out / "verdicts.json", out / "sensitivity.csv", *(progress.picture(name) for name in progress.drawn)]
+    lines.append(f"written: {', '.join(map(str, files))}")
     return "\n".join(lines)

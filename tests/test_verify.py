@@ -13,7 +13,7 @@ from ctrl import cli
 from ctrl.evidence import mean_test
 from ctrl.schedule import Schedule
 from ctrl.theorems.verdict import Case, Theorem, Verdict
-from ctrl.verify import Settings, user_problem, verify
+from ctrl.verify import Settings, _checked, _drawn, _size, user_problem, verify
 
 KEYS = {"theorem", "problem", "check", "measured", "expected", "tolerance", "z", "holds", "reason", "seconds"}
 
@@ -32,7 +32,7 @@ class Counted(Theorem):
     statement = "1 = 1"
 
     def __init__(self, name: str, interrupt: bool = False) -> None:
-        self.name, self.interrupt, self.calls = name, interrupt, 0
+        self.name, self.interrupt, self.calls, self.figures = name, interrupt, 0, 0
 
     def checks(self, case: Case):
         self.calls += 1
@@ -45,6 +45,7 @@ class Counted(Theorem):
     def figure(self, case: Case):
         from matplotlib.figure import Figure
 
+        self.figures += 1
         return Figure()
 
 
@@ -61,7 +62,7 @@ def test_verdicts_file(tmp_path, problem_file, capsys):
     stored = json.loads((tmp_path / "out" / "verdicts.json").read_text())
     assert [set(row) for row in stored] == [KEYS] * 3
     assert [row["holds"] for row in stored] == [True, True, None] == [row.holds for row in rows]
-    assert (tmp_path / "out" / "first.png").exists()
+    assert (tmp_path / "out" / "first.png").exists() and "two for one" in (tmp_path / "out" / "index.html").read_text()
     printed = capsys.readouterr().out
     assert "caught" in printed and "2 of 2 verdicts hold" in printed and "probability at most" in printed
 
@@ -86,6 +87,54 @@ def test_resume_keeps_finished_parts(tmp_path, problem_file):
     assert [row.theorem for row in rows] == ["first"] * 3 + ["second"] * 3
     with pytest.raises(ValueError, match=r"resume: expected an earlier run with the same seed"):
         verify(Settings(**settings, resume=True, seed=5), [first, second])
+
+
+class Blunt(Counted):
+    """A check whose planted error has another noise than the right formula, and a verdict that fails."""
+
+    def checks(self, case: Case):
+        self.calls += 1
+        samples = case.noise("blunt", 1000).start(1)[:, 0]
+        yield self.planted_sampled(case, mean_test(1 + 0.1 * samples, 0.0), "one for zero", right=mean_test(samples, 0.0))
+        yield self.exact(case, 2.0, 1.0, 1e-12, "two is one")
+
+
+def test_a_resumed_run_has_the_same_page(tmp_path, problem_file):
+    """Also when a verdict fails: figures are drawn once, and resolutions come back to the last bit."""
+    settings = dict(quick=True, problem=f"{problem_file}:mine", out=tmp_path / "out", threads=1)
+    theorem = Blunt("blunt")
+    rows = verify(Settings(**settings), [theorem])
+    files = [tmp_path / "out" / name for name in ("index.html", "sensitivity.csv", "verdicts.json")]
+    page, *data = (file.read_text() for file in files)
+    assert "1 of 2 verdicts failed" in page and "two is one" in page
+    files[0].unlink()
+    again = verify(Settings(**settings, resume=True), [theorem])
+    assert (theorem.calls, theorem.figures) == (1, 1) and again == rows and rows[0].resolution == again[0].resolution < 0.3
+    resumed, *same = (file.read_text() for file in files)
+    assert same == data and resumed.count("(resumed)") == 1
+    assert page[page.index("What failed"):] == resumed[resumed.index("What failed"):]
+    (tmp_path / "out" / "blunt.png").unlink()
+    verify(Settings(**settings, resume=True), [theorem])
+    assert (theorem.calls, theorem.figures) == (1, 2)
+
+
+def test_only_renders_one_theorem(tmp_path, problem_file):
+    settings = dict(quick=True, problem=f"{problem_file}:mine", out=tmp_path / "out", threads=1)
+    first, second = Counted("first"), Counted("second")
+    verify(Settings(**settings, only=("second",)), [first, second])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert 'id="second"' in page and 'id="first"' not in page and (first.figures, second.figures) == (0, 1)
+    verify(Settings(**settings, only=("first",), resume=True), [first, second])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.index('id="first"') < page.index('id="second"') and page.count("data:image/png") == 3  # two figures and all resolutions
+
+
+def test_long_tasks_begin_first():
+    tasks = [(function, Counted("t"), Case(make.__name__, make(), quick=True, seed=0))
+             for make in ctrl.zoo.PROBLEMS for function in ((_checked, _drawn) if make.__name__ == "gaussian_pull_2d" else (_checked,))]
+    names = [(case.name, function is _drawn) for function, _, case in sorted(tasks, key=_size, reverse=True)]
+    assert names == [("digits_plane", False), ("digits_line", False), ("mixture_bump_1d", False), ("gaussian_8d", False),
+                     ("gaussian_pull_2d", True), ("gaussian_pull_2d", False)]
 
 
 def test_processes_give_the_verdicts_of_one(tmp_path, problem_file):
