@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 STATES = 6  # random states of an exact identity
 NEGLIGIBLE = 2e-13  # weight of a quadrature node that is left out
+FAINT = 1e-12  # density, of its peak, below which a lattice node is left out
 KNOTS = 600  # of the spline that stands in for V along simulated paths on the line
-SQUARED_STEPS = (10, 20, 40, 80)  # grids on which the squared TD residual is minimised
 
 
 # ---- one step of the chain, by quadrature --------------------------------------------------------------------------------
@@ -57,6 +57,40 @@ def rule(case: Case, variables: int) -> tuple[Array, Array]:
     weights = np.array([np.prod(point) for point in product(w / w.sum(), repeat=variables)])
     keep = weights > NEGLIGIBLE  # far corners weigh nothing, and lie where no lattice reaches
     return np.array(list(product(x, repeat=variables)))[keep], weights[keep]
+
+
+def cubature(d: int) -> tuple[Array, Array]:
+    r"""Nodes (2 d^2 + 1, d) and weights of a rule for d standard normals, exact to degree 5.
+
+        0: 2/(d + 2)      +-sqrt(d + 2) e_j: (4 - d)/(2 (d + 2)^2)      sqrt((d + 2)/2) (+-e_j +-e_k), j < k: 1/(d + 2)^2
+
+    Source: McNamee and Stenger, Numer. Math. 10 (1967).   Checked: tests/test_theorem_value.py::test_rules_integrate_what_they_claim
+    """
+    axes, (j, k), edge = np.sqrt(d + 2) * np.eye(d), np.triu_indices(d, 1), np.sqrt((d + 2) / 2) * np.eye(d)
+    pairs = [a * edge[j] + b * edge[k] for a in (1, -1) for b in (1, -1)]
+    weights = [np.full(1, 2 / (d + 2)), np.full(2 * d, (4 - d) / (2 * (d + 2) ** 2)), np.full(4 * len(j), 1 / (d + 2) ** 2)]
+    return np.concatenate([np.zeros((1, d)), axes, -axes, *pairs]), np.concatenate(weights)
+
+
+def ahead(chain: LinearChain, i: int) -> Iterator[tuple[Array, Array, Array]]:
+    """The law of X_j given X_i = x for j = i, ..., N, step by step forward: mean M x + b and covariance S."""
+    (A, c), R, d = chain.maps, chain.step_cov, chain.problem.dim
+    M, b, S = np.eye(d), np.zeros(d), np.zeros((d, d))
+    yield M, b, S
+    for j in range(i, chain.grid.steps):
+        M, b, S = A[j] @ M, A[j] @ b + c[j], A[j] @ S @ A[j].T + R[j]
+        yield M, b, S
+
+
+def law_nodes(case: Case, law: exact.Terminal) -> tuple[Array, Array]:
+    """Nodes (m, d) and weights (m,) of a chain's law: exact to degree 5 for a linear chain, its lattice on the line."""
+    if case.linear:
+        z, w = cubature(case.problem.dim)
+        return law.mean + z @ np.linalg.cholesky(law.cov).T, w
+    assert law.points is not None and law.density is not None
+    keep = law.density > FAINT * law.density.max()
+    width = (law.points[-1] - law.points[0]) / (len(law.points) - 1)
+    return law.points[keep, None], width * law.density[keep]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +205,11 @@ def along(run: Run, value: exact.Value) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """TD residuals and costs along simulated paths, discounted to time 0: (n, N); returns (n,); states (n, N, d)."""
+    """Along simulated paths, discounted to time 0: TD residuals and costs (n, N), V_0 ... V_N (n, N + 1), returns (n,); states (n, N, d)."""
 
     residual: Array
     cost: Array
+    value: Array
     returns: Array
     states: Array
 
@@ -185,8 +220,9 @@ class Residuals:
         bonus = case.problem.coefficients(case.grid).discount * entropy_bonus(case, policy)
         parts = []
         for run in runs(case.problem, policy, case.grid, noise):
-            residual = np.diff(along(run, value), axis=1) - run.cost + bonus
-            parts.append((residual, run.cost, run.reward - run.cost.sum(axis=1) + bonus.sum(), run.states[:, :-1]))
+            values = along(run, value)
+            residual = np.diff(values, axis=1) - run.cost + bonus
+            parts.append((residual, run.cost, values, run.reward - run.cost.sum(axis=1) + bonus.sum(), run.states[:, :-1]))
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def tested(self) -> Array:
@@ -220,102 +256,13 @@ def start_mean(case: Case, value: exact.Value) -> float:
     return float(sum(p * (w @ value(0, m + z @ np.linalg.cholesky(cov).T)) for p, m, cov in parts))
 
 
-# ---- the squared TD residual ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class SquaredResidual:
-    r"""The minimiser of E sum_i ( V_{i+1}(X_{i+1}) - V_i(X_i) - cost_i )^2 over quadratics V_0 ... V_{N-1}, V_N = r.
-
-    V_i is linear in its coefficients over 1, u, u u' with u the whitened state, so the minimiser solves normal equations;
-    the expectations are of degree 4 in each normal, exact with three Gauss-Hermite nodes.
-    Source: theory.md, sections 5 and 16.   Checked: tests/test_theorem_value.py::test_squared_residual_is_a_minimum
-    """
-
-    chain: LinearChain
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        d = self.chain.problem.dim
-        return [(j, k) for j in range(d) for k in range(j, d)]
-
-    def features(self, u: Array) -> Array:
-        """1, u_j, u_j u_k: (n, d) -> (n, p)."""
-        return np.concatenate([np.ones((len(u), 1)), u, np.stack([u[:, j] * u[:, k] for j, k in self.pairs], axis=1)], axis=1)
-
-    def slopes(self, u: Array) -> Array:
-        """d features / d u, (n, p, d)."""
-        d = u.shape[1]
-        eye = np.eye(d)
-        out = [np.zeros((len(u), d)), *(np.broadcast_to(e, u.shape) for e in eye)]
-        out += [u[:, [j]] * eye[k] + u[:, [k]] * eye[j] for j, k in self.pairs]
-        return np.stack(out, axis=1)
-
-    def step(self, i: int) -> tuple[Array, Array, Array, Array]:
-        """Weights (m,), whitened states u_i and u_{i+1} (m, d), costs (m,) of step i at its quadrature nodes."""
-        chain, d = self.chain, self.chain.problem.dim
-        (m, P), (A, c), (dK, dk) = chain.moments, chain.maps, chain.departure
-        x, w = np.polynomial.hermite_e.hermegauss(3)
-        nodes = np.array(list(product(x, repeat=2 * d)))
-        weights = np.array([np.prod(point) for point in product(w / w.sum(), repeat=2 * d)])
-        state = m[i] + nodes[:, :d] @ np.linalg.cholesky(P[i]).T
-        after = state @ A[i].T + c[i] + nodes[:, d:] @ np.linalg.cholesky(chain.step_cov[i]).T
-        co = chain.problem.coefficients(chain.grid)
-        cost = chain.problem.kl_weight * co.kappa[i] * co.dt[i] * np.sum((state @ dK[i].T + dk[i]) ** 2, axis=1)
-        return weights, nodes[:, :d], np.linalg.solve(np.linalg.cholesky(P[i + 1]), (after - m[i + 1]).T).T, cost
-
-    @cached_property
-    def coefficients(self) -> Array:
-        """Of V_0 ... V_{N-1}, (N, p)."""
-        chain, steps = self.chain, self.chain.grid.steps
-        (m, P), p = chain.moments, 1 + chain.problem.dim + len(self.pairs)
-        H, g = np.zeros((steps * p, steps * p)), np.zeros(steps * p)
-        gamma = np.exp(-chain.problem.discount * chain.grid.dt)
-        for i in range(steps):
-            w, u, after, cost = self.step(i)
-            rows, target = -self.features(u), cost
-            block = slice(i * p, (i + 1) * p)
-            if i + 1 < steps:
-                rows, block = np.concatenate([rows, gamma[i] * self.features(after)], axis=1), slice(i * p, (i + 2) * p)
-            else:
-                terminal = m[-1] + after @ np.linalg.cholesky(P[-1]).T
-                target = cost - gamma[i] * chain.problem.reward.value(terminal)
-            H[block, block] += rows.T @ (w[:, None] * rows)
-            g[block] += rows.T @ (w * target)
-        return np.linalg.solve(H, g).reshape(steps, p)
-
-    @property
-    def start(self) -> float:
-        """E V_0(X_0) = const + sum_j of the coefficients of u_j^2."""
-        squares = [k for k, (a, b) in enumerate(self.pairs) if a == b]
-        return float(self.coefficients[0, 0] + self.coefficients[0, 1 + self.chain.problem.dim :][squares].sum())
-
-    def gradient(self, i: int, x: Array) -> Array:
-        """grad V_i, (n, d) -> (n, d)."""
-        m, P = self.chain.moments
-        root = np.linalg.cholesky(P[i])
-        u = np.linalg.solve(root, (x - m[i]).T).T
-        return np.einsum("npd,p->nd", self.slopes(u), self.coefficients[i]) @ np.linalg.inv(root)
-
-
-def squared_against_truth(case: Case, steps: int) -> tuple[SquaredResidual, Array, Array]:
-    """The minimiser on a grid, its gradients at mid-time around the mean, and the true ones, (2d + 1, d) each."""
-    case = replace(case, steps=steps)
-    chain = LinearChain(case.problem, case.policy, case.grid)
-    fit, i = SquaredResidual(chain), steps // 2
-    m, P = chain.moments
-    root = np.linalg.cholesky(P[i]).T
-    x = m[i] + np.concatenate([np.zeros((1, len(root))), root, -root])
-    return fit, fit.gradient(i, x), case.value.gradient(i, x)
-
-
 # ---- the theorem ---------------------------------------------------------------------------------------------------------
 
 
 class ValueMartingale(Theorem):
     r"""V_i(X_i) minus the costs already paid is a martingale of the chain, exactly, and E V_0(X_0) = J.
 
-    Source: theory.md, sections 5 and 16.   Checked: tests/test_theorem_value.py::test_every_verdict_holds
+    Source: theory.md, section 5.   Checked: tests/test_theorem_value.py::test_every_verdict_holds
     """
 
     name = "value"
@@ -344,7 +291,6 @@ class ValueMartingale(Theorem):
                     yield from self._sampled(at)
             if eta > 0:
                 yield from self._planted(both[0])
-                yield from self._squared(both[0])
                 if eta == 1 or case.linear or not case.quick:
                     yield from self._limits(both[0])
 
@@ -392,15 +338,8 @@ class ValueMartingale(Theorem):
         part = exact.evaluate(case.problem, at.policy, TimeGrid(case.grid.times[: i + 1]))
         discount = float(np.exp(-case.problem.discount * case.grid.times[i]))
         paid, law = discount * part.expected_reward - part.objective, part.terminal
-        if case.linear:
-            z, w = rule(case, case.problem.dim)
-            mean = w @ at.value(i, law.mean + z @ np.linalg.cholesky(law.cov).T)
-        else:
-            assert law.points is not None and law.density is not None
-            keep = law.density > 1e-12 * law.density.max()
-            width = (law.points[-1] - law.points[0]) / (len(law.points) - 1)
-            mean = width * (law.density[keep] @ at.value(i, law.points[keep, None]))
-        return float(discount * mean), at.truth.objective + paid
+        x, w = law_nodes(case, law)
+        return float(discount * (w @ at.value(i, x))), at.truth.objective + paid
 
     def _planted(self, at: Solved) -> Iterator[Verdict]:
         """Wrong values and wrong residuals against the exact twins."""
@@ -426,7 +365,7 @@ class ValueMartingale(Theorem):
         """Martingale orthogonality along simulated paths."""
         case, where = at.case, f"{at_eta(at.case)}{at.actions}"
         pilot = Residuals.simulated(at, case.noise(f"value pilot {at.actions}", 2000))
-        paths = 50_000 if not case.quick else 10_000 if case.linear else 20_000
+        paths = 50_000 if not case.quick else 10_000 if case.linear or case.problem.eta == 1 else 20_000
         run = Residuals.simulated(at, case.noise(f"value {at.actions}", paths))
         yield self.monte_carlo(case, mean_test(run.returns, at.truth.objective), 0.1 * float(pilot.returns.std()),
                                f"{where}: E[r - sum cost] = E V_0; must see 0.1 of a path's deviation")
@@ -471,25 +410,6 @@ class ValueMartingale(Theorem):
             right.append(drift - 0.5 * problem.eta**2 * g2 * np.trace(S) - cost + bonus - problem.discount * value(t, x))
         return np.concatenate(left), np.concatenate(right)
 
-    def _squared(self, at: Solved) -> Iterator[Verdict]:
-        """The squared TD residual: right mean, wrong gradient, worse on finer grids."""
-        case, where = at.case, at_eta(at.case)
-        if not case.linear or case.problem.dim > 2 or case.problem.entropy_weight > 0:
-            yield self.skipped(case, f"{where}squared TD residual: minimised exactly over per-step quadratics, which hold V for a "
-                                     "linear case with mean actions (tried in 1-D and 2-D)")
-            return
-        kept = []
-        for steps in SQUARED_STEPS:
-            fit, measured, expected = squared_against_truth(case, steps)
-            kept.append(float(np.linalg.norm(measured) / np.linalg.norm(expected)))
-            if steps == case.steps:
-                yield self.exact(case, fit.start, at.truth.objective, 1e-8,
-                                 f"{where}the squared TD residual's minimiser has the right mean: J cannot tell it")
-                yield self.planted(case, measured, expected, 0.1, f"{where}grad V of the squared TD residual's minimiser")
-        row = self.planted(case, kept[-1], 1.0, 0.1, f"{where}squared TD residual keeps " + ", ".join(f"{k:.3f}" for k in kept)
-                           + f" of |grad V| at N = {', '.join(map(str, SQUARED_STEPS))}: worse as D -> 0")
-        yield replace(row, holds=bool(row.holds and np.all(np.diff(kept) < 0)))
-
     def _last_step(self, case: Case) -> Iterator[Verdict]:
         """Without a truth: V_N = r is known in any dimension, and V_(N-1) is one quadrature."""
         for eta in case.etas:
@@ -500,11 +420,10 @@ class ValueMartingale(Theorem):
                                    "in deviations of r given X")
 
     def figure(self, case: Case) -> Figure:
-        with style.panels(4, "value: V minus the costs already paid is a martingale", width=3.6) as (figure, axes):
+        with style.panels(3, "value: V minus the costs already paid is a martingale") as (figure, axes):
             _draw_conditional(axes[0], case)
             _draw_martingale(axes[1], case)
             _draw_orders(axes[2], case)
-            _draw_squared(axes[3], case)
         return figure
 
 
@@ -601,19 +520,3 @@ def _draw_orders(ax: Axes, case: Case) -> None:
     ax.set(xlabel="step D (horizon units)", ylabel="|V of chain − V| (reward units)", title="limit: order 1", yticks=[0.02, 0.05, 0.1],
            yticklabels=["0.02", "0.05", "0.1"], xticks=[0.005, 0.01, 0.02], xticklabels=["0.005", "0.01", "0.02"])
     ax.legend()
-
-
-def _draw_squared(ax: Axes, case: Case) -> None:
-    """How much of grad V the squared TD residual keeps."""
-    for index, eta in enumerate((1.0, 0.5)):
-        kept = []
-        for steps in SQUARED_STEPS:
-            _, measured, expected = squared_against_truth(case.at(eta), steps)
-            kept.append(np.linalg.norm(measured) / np.linalg.norm(expected))
-        ax.loglog(case.problem.horizon / np.array(SQUARED_STEPS), kept, marker=style.MARKERS[index], color=style.COLOURS[index],
-                  linestyle=style.LINES[index], label=f"squared residual, η = {eta:g}")
-    ax.axhline(1.0, color="black", linewidth=1, label="martingale (exact)")
-    ax.minorticks_off()
-    ax.set(xlabel="step D (horizon units)", ylabel="|∇V fitted| / |∇V|  at T/2", title="planted: squared TD residual",
-           xticks=[0.02, 0.05, 0.1], xticklabels=["0.02", "0.05", "0.1"])
-    ax.legend(loc="lower right")
