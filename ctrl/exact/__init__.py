@@ -13,7 +13,7 @@ from ctrl.exact import chain as chain
 from ctrl.exact import limit as limit
 from ctrl.exact import quadrature as quadrature
 from ctrl.exact.chain import Optimum as Optimum
-from ctrl.exact.chain import optimum as optimum
+from ctrl.exact.line_optimum import LineOptimum as LineOptimum
 from ctrl.exact.truth import Advantage as Advantage
 from ctrl.exact.truth import ExactGradient as ExactGradient
 from ctrl.exact.truth import Terminal as Terminal
@@ -62,3 +62,21 @@ def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
     Source: theory.md, section 6.   Checked: tests/test_chain.py::test_advantage_is_centred_and_first_order
     """
     return _method(problem, policy, grid).advantage(problem, policy, grid)
+
+
+def optimum(problem: Problem, grid: TimeGrid) -> Optimum | LineOptimum:
+    r"""The mean-shift optimum J* of the chain: its policy, objective, path KL, and the truth of running it.
+
+        2 lambda kappa (a* - s)(x) = h E[ grad V*_{i+1}(X_{i+1}) | X_i = x ]
+
+    By recursion for Gaussian data and a quadratic reward; else by smoothing and Moreau envelopes in 1-D; else a ValueError.
+    Source: theory.md, section 9 (i).   Checked: tests/test_line_optimum.py::test_dispatch
+    """
+    check.instance("problem", problem, Problem, "a ctrl.Problem")
+    pretrained = problem.pretrained(grid)
+    if chain.applies(problem, pretrained, grid):
+        return chain.optimum(problem, grid)
+    if problem.dim == 1:
+        return quadrature.optimum(problem, grid)
+    raise ValueError("problem: expected Gaussian data and a quadratic reward, or dimension 1, for the exact optimum, got "
+                     f"{type(problem.data).__name__} and {type(problem.reward).__name__} in dimension {problem.dim}")

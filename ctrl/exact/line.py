@@ -30,7 +30,7 @@ class LineChain:
     policy: Policy
     grid: TimeGrid
 
-    @property
+    @cached_property
     def c(self) -> Coefficients:
         return self.problem.coefficients(self.grid)
 
@@ -131,7 +131,7 @@ def components(law: Law) -> tuple[Array, Array]:
 
 
 def line_truth(chain: LineChain, reward: float, gap2: Array, terminal: Terminal, terminal_kl: Callable[[], float],
-           gradient: Callable[[], ExactGradient]) -> Truth:
+               gradient: Callable[[], ExactGradient]) -> Truth:
     """J and the penalties from E r and E|mu - s|^2 at every step."""
     problem, c = chain.problem, chain.c
     running = chain.bonus - problem.kl_weight * c.kappa * c.dt * gap2
@@ -142,11 +142,13 @@ def line_truth(chain: LineChain, reward: float, gap2: Array, terminal: Terminal,
 
 
 def line_terminal(x: Array, mass: Array, density: Array | None) -> Terminal:
+    """A terminal law by its masses (n,) at points (n,), with its density there if it has one."""
     mean = float(mass @ x)
     return Terminal(np.array([mean]), np.array([[mass @ (x - mean) ** 2]]), x if density is not None else None, density)
 
 
 def as_gradient(policy: Policy, theta: Array) -> ExactGradient:
+    """dJ/dtheta, split into K and k for an affine policy."""
     if not isinstance(policy, AffinePolicy):
         return ExactGradient(theta)
     size = policy.K.size

@@ -21,8 +21,9 @@ from numba import njit, prange
 
 from ctrl import check
 from ctrl.check import Array
-from ctrl.exact import transport
+from ctrl.exact import line_optimum, transport
 from ctrl.exact.line import WIDTH, LineChain, as_gradient, components, line_chain, line_terminal, line_truth
+from ctrl.exact.line_optimum import LineOptimum as LineOptimum
 from ctrl.exact.truth import Advantage, ExactGradient, Terminal, Truth, Value
 from ctrl.policy import Policy
 from ctrl.problem import Problem
@@ -31,6 +32,7 @@ from ctrl.schedule import TimeGrid
 TRUSTED = 7.5  # V is asked for inside this many: given a state at 7.5, the edge at 11 is 8 deviations away
 REACH = 9.5  # half-width of the kernel, in standard deviations of one step: exp(-45) is beyond
 FAR_REACH = 38.0  # ... in log space, where exp(-38^2/2) is the smallest normal number
+PLAIN = 600.0  # range of log phi within which phi itself can be summed
 RESOLUTION = 1.5  # spacings per standard deviation of one step, at least
 FEWEST, MOST = 1001, 16001  # points of a lattice, when chosen here
 EDGE_DENSITY = 1e-20  # of the peak
@@ -47,9 +49,9 @@ def _table(reach: float, ratio: float) -> Array:
     return np.exp(-0.5 * (np.arange(math.ceil(reach / ratio) + 2) * ratio) ** 2)
 
 
-def _expect(centre: Array, s: float, low: float, dx: float, values: Array) -> tuple[Array, Array]:
+def _expect(centre: Array, s: float, low: float, dx: float, values: Array, reach: float = REACH) -> tuple[Array, Array]:
     """E[V(m + s xi)] and E[V(m + s xi) xi] for every centre m, V given on low + dx (0, 1, ...)."""
-    table, out = _table(REACH, dx / s), np.empty((centre.size, 2))
+    table, out = _table(reach, dx / s), np.empty((centre.size, 2))
     loop = _gather_parallel if centre.size * min(table.size, values.size) > LARGE else _gather
     loop((centre - low) / dx, dx / s, table, values, out)
     return out[:, 0], out[:, 1]
@@ -139,6 +141,12 @@ def _scatter_parallel(mass: Array, place: Array, ratio: float, table: Array, par
 
 def _log_expect(centre: Array, s: float, low: float, dx: float, log_phi: Array, carried: Array) -> tuple[Array, Array]:
     """log E[phi(m + s xi)] and E[phi R] / E[phi] for every centre m, log phi and R given on a lattice."""
+    steepest = s / dx * float(np.max(np.abs(np.diff(log_phi)), initial=0.0))
+    reach, top = steepest + math.hypot(steepest, REACH), float(np.max(log_phi))
+    if reach < FAR_REACH and top - np.min(log_phi) < PLAIN:  # no term can underflow that counts
+        phi = np.exp(log_phi - top)
+        total, moment = (_expect(centre, s, low, dx, values, reach)[0] for values in (phi, phi * carried))
+        return top + np.log(total), moment / total
     out = np.empty((centre.size, 2))
     _log_gather((centre - low) / dx, dx / s, log_phi, carried, out)
     return out[:, 0] + math.log(dx / s / math.sqrt(2 * math.pi)), out[:, 1]
@@ -382,6 +390,30 @@ def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
     Source: theory.md, section 6.   Checked: tests/test_quadrature.py::test_advantage_is_the_first_order_limit
     """
     return Advantage(problem, policy, grid, value(problem, policy, grid))
+
+
+def optimum(problem: Problem, grid: TimeGrid) -> LineOptimum:
+    r"""The mean-shift optimum J* of a 1-D chain for any score and reward: smoothing, then a Moreau envelope, step by step.
+
+        V*_i(x) = sup_y { e^{-rho D} E V*_{i+1}(y + eta g sqrt(D) xi) - lambda kappa |y - z|^2 / (h^2 D) },   z = x + D (-f x + h s(x))
+        2 lambda kappa (a* - s)(x) = h e^{-rho D} E[ V*_{i+1}'(X_{i+1}) | X_i = x ]      (stationarity)
+
+    The supremum is global. Where its argument jumps V* has a kink and a* a jump ("double well with a hard optimum"): both are found to
+    rounding and kept as ends of panels, so J*, E* r and the penalty stay good to 1e-12; `truth`, by another solver, needs eta = 0 or
+    no jumps for that. With eta = 0 the same holds with a penalty and no smoothing.
+    Needs kl_weight > 0 and entropy_weight = 0; ValueError where the objective has no bound. A reward with jumps costs digits (a
+    RuntimeWarning says so when points run out).
+    Source: theory.md, section 9 (i).   Checked: tests/test_line_optimum.py::test_reference_numbers
+    """
+    check.instance("problem", problem, Problem, "a ctrl.Problem")
+    if problem.kl_weight == 0:
+        raise ValueError("kl_weight: expected a positive weight (the optimum is unbounded without a penalty), got 0")
+    if problem.entropy_weight > 0:
+        raise ValueError(f"entropy_weight: expected 0 for the optimum of mean actions on the line, got {problem.entropy_weight:g}")
+    chain = line_chain(problem, problem.pretrained(grid), grid)
+    if np.any(chain.c.h == 0):
+        raise ValueError(f"schedule: expected g > 0 at every step of the grid, got 0 at step {int(np.argmax(chain.c.h == 0))}")
+    return line_optimum.solve(chain, evaluate)
 
 
 @dataclass(frozen=True, eq=False)

@@ -344,7 +344,7 @@ class GibbsExploration(Theorem):
     def _linear(self, case: Case) -> Iterator[Verdict]:
         """Everything in closed form; an unbounded problem has no maximiser."""
         try:
-            best = exact.optimum(case.problem, case.grid)
+            best = exact.chain.optimum(case.problem, case.grid)
         except ValueError as error:
             yield self.skipped(case, f"{at_eta(case)}no maximiser: {error}")
             return
