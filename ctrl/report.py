@@ -86,21 +86,26 @@ def share(x: float | None) -> Any:
 
 def formula(source: str) -> Any:
     """A formula in matplotlib's mathtext as an inline SVG in the colour of the text, its source as the spoken label."""
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
     from matplotlib.font_manager import FontProperties
     from matplotlib.path import Path as Outline
     from matplotlib.textpath import TextPath
 
-    em = 100.0
+    em = 100
     outline = TextPath((0, 0), f"${source}$", size=em, prop=FontProperties(math_fontfamily="stix"))
+    points, codes = np.round(outline.vertices * [1, -1]).astype(int).tolist(), outline.codes.tolist()
     letters = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C", Outline.CLOSEPOLY: "Z"}
-    parts = []
-    for points, code in outline.iter_segments(simplify=False, curves=True):
-        flipped = np.round(np.asarray(points).reshape(-1, 2) * [1, -1]).astype(int)
-        parts.append(letters[code] + ("" if letters[code] == "Z" else " ".join(f"{x} {y}" for x, y in flipped)))
-    (x0, y0), (x1, y1) = np.floor(outline.get_extents().min) - 4, np.ceil(outline.get_extents().max) + 4
+    # A curve's code stands at each of its points: the letter is written once, at the first.
+    sizes = {Outline.CURVE3: 2, Outline.CURVE4: 3}
+    parts, k = [], 0
+    while k < len(codes):
+        size = sizes.get(codes[k], 1)
+        parts.append(letters[codes[k]] + (" ".join(f"{x} {y}" for x, y in points[k : k + size]) if codes[k] != Outline.CLOSEPOLY else ""))
+        k += size
+    x, y = zip(*(point for point, code in zip(points, codes, strict=True) if code != Outline.CLOSEPOLY), strict=True)
+    left, top, width, height = min(x) - 4, min(y) - 4, max(x) - min(x) + 8, max(y) - min(y) + 8
     return Markup('<svg class="formula" role="img" aria-label="{}" style="--w:{}em" viewBox="{} {} {} {}"><path d="{}"/></svg>').format(
-        escape(source), f"{(x1 - x0) / em:.2f}", int(x0), int(-y1), int(x1 - x0), int(y1 - y0), "".join(parts))
+        source, f"{width / em:.2f}", left, top, width, height, "".join(parts))
 
 
 def embedded(png: bytes) -> str:
@@ -226,7 +231,7 @@ class Section:
     png: bytes
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def formulas(self) -> list[Any]:
         return [formula(source) for source in self.theorem.formulas] if self.theorem else []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -164,10 +165,7 @@ Task = tuple[Callable[[Theorem, Case], Part], Theorem, Case]
 
 
 def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Part]:
-    """The results of tasks as they come: in this process with one thread, else in spawned processes of one thread each.
-
-    A process reads a user's problem from its file again, as code from a file cannot be sent.
-    """
+    """The results of tasks as they come: in this process with one thread, else in spawned processes of one thread each."""
     workers = min(settings.threads or _cores(), len(tasks))
     if workers <= 1:
         for function, theorem, case in tasks:
@@ -177,7 +175,8 @@ def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Part]:
 
     with parallel_config(backend="loky", inner_max_num_threads=1):
         # Long tasks begun first do not leave one process working alone at the end.
-        calls = (delayed(_in_worker)(function, theorem, settings, case.name) for function, theorem, case in sorted(tasks, key=_size, reverse=True))
+        calls = (delayed(_in_worker)(function, theorem, settings if case.own else pickle.dumps(case))
+                 for function, theorem, case in sorted(tasks, key=_size, reverse=True))
         yield from Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)(calls)
 
 
@@ -188,14 +187,14 @@ def _size(task: Task) -> tuple[int, int]:
     return len(data.weights) if isinstance(data, GaussianMixture) else 1, case.problem.dim + (function is _drawn)
 
 
-def _in_worker(function: Callable[[Theorem, Case], Part], theorem: Theorem, settings: Settings, case_name: str) -> Part:
-    return function(theorem, _case(settings, case_name))
+def _in_worker(function: Callable[[Theorem, Case], Part], theorem: Theorem, sent: Settings | bytes) -> Part:
+    return function(theorem, _received(sent))
 
 
 @lru_cache(maxsize=16)
-def _case(settings: Settings, name: str) -> Case:
-    """In a process of its own: a case that all its tasks share."""
-    return next(case for case in _cases(settings) if case.name == name)
+def _received(sent: Settings | bytes) -> Case:
+    """One case for all tasks of a process; a user's problem is read from its file again, as code from a file cannot be sent."""
+    return pickle.loads(sent) if isinstance(sent, bytes) else _cases(sent)[0]
 
 
 def _checked(theorem: Theorem, case: Case) -> Part:

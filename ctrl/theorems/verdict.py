@@ -100,7 +100,9 @@ class Case:
     own: bool = False  # a user's problem: what cannot be seen on it is skipped, where the zoo must show it
 
     def at(self, eta: float, **changes: Any) -> Case:
-        """The same case at another eta (and other fields of the problem)."""
+        """The same case at another eta (and other fields of the problem); itself, with what it has computed, when nothing changes."""
+        if eta == self.problem.eta and not changes:
+            return self
         return replace(self, problem=replace(self.problem, eta=eta, **changes))
 
     @property
