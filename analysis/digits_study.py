@@ -103,10 +103,11 @@ def table(rows: pd.DataFrame) -> str:
         "pair distance within the class over the base model's, least": f"{plain.pair_distance_ratio.min():.3f}",
         "largest change of the share from N = 20 to 100": f"{(shares.max(axis=1) - shares.min(axis=1)).max():.3f}",
         f"largest change of KL from N = {n}, to N = 20 ... 100": f"{(kls.div(kls.kl_mean, axis=0) - 1).abs().max().max():.1%}",
+        f"trained at N = {n}, sampled at N = 100: regret, mean and largest": f"{plain.regret_100.mean():.3f}   {plain.regret_100.max():.3f}",
         "ODE share, least": f"{plain[[f'ode_share_{n}' for n in TRANSFER]].min().min():.3f}"}
     if len(fine):
         found[f"trained at N = {fine.steps.max()}: regret, mean and largest"] = f"{fine.regret.mean():.3f}   {fine.regret.max():.3f}"
-    return "\n".join(f"{what:<62}{numbers}" for what, numbers in found.items())
+    return "\n".join(f"{what:<64}{numbers}" for what, numbers in found.items())
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
