@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,16 +94,36 @@ def parsed(kind: Any, arguments: Sequence[str], prog: str, description: str | No
 
     Source: design.md's contract (command line).   Checked: tests/test_cli.py::test_refused_arguments_are_one_line
     """
-    box = io.StringIO()
     try:
-        with redirect_stderr(box):
+        with redirect_stderr(io.StringIO()):
             return tyro.cli(kind, args=arguments, prog=prog, description=description)
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        words = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
-        said = " ".join(takewhile(lambda line: not line.startswith("─"), words)) or box.getvalue()
-        raise ValueError(re.sub(r"^Error parsing ([A-Z]\w*: )?", "", said)) from None
+    raise ValueError(_refusal(kind, arguments, prog))
+
+
+def _refusal(kind: Any, arguments: Sequence[str], prog: str) -> str:
+    """What tyro says against the arguments, read again where it draws no colours and breaks no line: title, rule, words, rule, advice."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as box, suppress(SystemExit), _columns(10**6):
+        tyro.cli(kind, args=arguments, prog=prog)
+    parts = [" ".join(part.split()) for part in re.split(r"(?m)^ *-{3,} *$", box.getvalue())]
+    said = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", parts[min(1, len(parts) - 1)])
+    choices = [part for part in parts if part.startswith("Available subcommands:")]
+    return "; ".join([said, *choices]) if re.match(r"Unrecognized options: \w", said) else said
+
+
+@contextmanager
+def _columns(width: int) -> Iterator[None]:
+    """A terminal of another width."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 @dataclass(frozen=True)

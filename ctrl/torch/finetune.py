@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ctrl import check
 from ctrl.files import environment, writable, write_json
-from ctrl.torch.chain import Run, sample
+from ctrl.torch.chain import Run, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
 from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
@@ -71,10 +71,26 @@ class Finetune(Settings):
         return 0
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What training asks of an Accelerator, for a process that works by itself among others."""
+
+    device: torch.device
+    process_index: ClassVar[int] = 0
+    num_processes: ClassVar[int] = 1
+    is_main_process: ClassVar[bool] = True
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def reduce(self, x: Tensor, reduction: str) -> Tensor:
+        return x
+
+
 class Training:
     """The state of a run, and its one move."""
 
-    def __init__(self, task: Task, settings: Finetune, accelerator: Accelerator) -> None:
+    def __init__(self, task: Task, settings: Finetune, accelerator: Accelerator | Alone) -> None:
         self.task, self.settings, self.accelerator = task, settings, accelerator
         self.iteration, self.queries = 0, 0
         self.kept = 0  # the update of the last checkpoint
@@ -119,6 +135,15 @@ class Training:
         noise = self.settings.noise(k, n)[rank * n // world : (rank + 1) * n // world]
         return sample(self.problem, self.policy, self.grid, noise, joined=self.accelerator.gather)
 
+    def sound(self) -> bool:
+        """Whether the policy's images and KL are finite, whatever the reward says of them: a state that diverged replaces no good one."""
+        unrewarded = replace(self.problem, reward=lambda x, context: 0 * x.flatten(1).sum(1))  # NaN where a pixel is not finite
+        try:
+            paths = simulate(unrewarded, self.policy, self.grid, self.settings.noise(self.iteration, self.settings.paths))
+        except FloatingPointError:
+            return False
+        return bool(paths.penalty.isfinite().all())
+
     def _step(self, run: Run) -> dict[str, float]:
         loss = self._descend(self.objective.loss(run), self.optimiser, self.policy.trainable(), self.settings.clip_norm)
         if self.settings.method.learns_value:
@@ -131,7 +156,7 @@ class Training:
         optimiser.zero_grad()
         losses.mean().backward()
         for p in theta:  # every process has as many paths: the mean of their gradients is the joined batch's
-            if p.grad is not None and self.accelerator.num_processes > 1:
+            if p.grad is not None:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
         norm = nn.utils.clip_grad_norm_(theta, clip)
         out = _finite({"loss": float(self.accelerator.gather(losses.detach()).mean()), "gradient_norm": float(norm)})
@@ -159,8 +184,10 @@ class Training:
         return out
 
     def save(self, path: Path) -> None:
-        counts = {"iteration": self.iteration, "queries": self.queries}
-        save_atomically(self.tensors(), path, {"counts": json.dumps(counts), "base": digest(self.task.base)})
+        """Keep the state: written by the main process, known to all."""
+        if self.accelerator.is_main_process:
+            counts = {"iteration": self.iteration, "queries": self.queries}
+            save_atomically(self.tensors(), path, {"counts": json.dumps(counts), "base": digest(self.task.base)})
         self.kept = self.iteration
 
     def load(self, path: Path) -> None:
@@ -228,7 +255,7 @@ def finetune(settings: Finetune) -> dict[str, Any] | None:
     Source: Scores as Actions (2409.08400); theory.md, sections 7 and 13.   Checked: tests/test_torch_finetune.py::test_run_folder
     """
     if settings.threads is not None:
-        torch.set_num_threads(check.integer("threads", settings.threads, at_least=1))
+        torch.set_num_threads(settings.threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     if settings.paths % accelerator.num_processes:
         raise ValueError(f"paths: expected a multiple of {accelerator.num_processes} processes, got {settings.paths}")
@@ -249,11 +276,11 @@ def finetune(settings: Finetune) -> dict[str, Any] | None:
 
 
 def _prepared(settings: Finetune, accelerator: Accelerator) -> Task:
-    """The task, after one update of an untrained model on two paths a process: what cannot work is refused before the long work."""
+    """The task, after one update of an untrained model on two paths: what cannot work is refused before the long work."""
     with accelerator.main_process_first():
         outlined = outline(settings, accelerator.device)
     with suppress(FloatingPointError):  # of a model that is not the one to be trained
-        Training(outlined, replace(settings, paths=min(settings.paths, 2 * accelerator.num_processes)), accelerator).update()
+        Training(outlined, replace(settings, paths=min(settings.paths, 2)), Alone(accelerator.device)).update()
     with accelerator.main_process_first():  # the others find in the cache what the first has made
         return prepare(settings, accelerator.device, outlined)
 
@@ -268,17 +295,17 @@ def _train(training: Training, folder: RunFolder | None, checkpoint: Path) -> No
                 row = _updated(training, folder, checkpoint)
                 if folder is not None:
                     folder.add(row)
-                    if training.iteration % settings.checkpoint_every == 0 or training.iteration == settings.iterations:
-                        training.save(checkpoint)
+                if training.iteration % settings.checkpoint_every == 0 or training.iteration == settings.iterations:
+                    training.save(checkpoint)
             step(1, reward=row["reward"], kl=row["kl_mean"], **({"share": row["judged_share"]} if "judged_share" in row else {}))
 
 
 def _updated(training: Training, folder: RunFolder | None, checkpoint: Path) -> dict[str, float]:
-    """One update; when it fails before anything has moved, what was reached is kept."""
+    """One update; when it fails before anything has moved, what was reached is kept, if it is worth that."""
     try:
         return training.update()
     except Exception:
-        if folder is not None and not training.moved and training.iteration > training.kept:
+        if folder is not None and not training.moved and training.iteration > training.kept and training.sound():
             training.save(checkpoint)
         raise
 
@@ -337,10 +364,10 @@ class RunFolder:
         rows = self.rows()
         summary: dict[str, Any] = {"method": type(settings.method).__name__, "reward": type(settings.reward).__name__, "updates": training.iteration,
                                    "queries": training.queries, "seconds": sum(row["seconds"] for row in rows)}
-        summary["tuned"] = evaluate(task, policy, task.base, settings)
-        summary["pretrained"] = evaluate(task, task.base, task.base, settings)
+        summary["tuned"] = _finite(evaluate(task, policy, task.base, settings))
+        summary["pretrained"] = _finite(evaluate(task, task.base, task.base, settings))
         if settings.eta > 0:
-            summary["tuned_ode"] = evaluate(task, policy, task.base, settings, eta=0.0)
+            summary["tuned_ode"] = _finite(evaluate(task, policy, task.base, settings, eta=0.0))
         if settings.kl_weight > 0:
             best = task.yardstick
             summary["yardstick"] = {name: getattr(best, name) for name in ("objective", "objective_error", "reward", "kl", "ess")}

@@ -20,6 +20,13 @@ from ctrl.torch.images import to_bytes
 SMOOTHING = 1e-3  # of Contrast, in units of intensity: a quarter of one grey level in 256
 
 
+class NotFinite(ValueError, FloatingPointError):
+    """Pixels or rewards with NaN or infinity: a wrong value, and arithmetic that has failed, for those who ask for either.
+
+    Source: theory.md, section 1.   Checked: tests/test_torch_rewards.py::test_non_finite_rewards_are_refused
+    """
+
+
 class ImageReward(ABC):
     """A reward r(x, c) of images x, given a context c: labels (n,), prompts, or whatever the reward wants.
 
@@ -65,7 +72,7 @@ class ImageReward(ABC):
 
     def _require_finite(self, what: str, finite: Tensor) -> None:
         if not finite.all():
-            raise ValueError(f"{what}, got {int((~finite).sum())} of {len(finite)} with NaN or infinity, in {self.name}")
+            raise NotFinite(f"{what}, got {int((~finite).sum())} of {len(finite)} with NaN or infinity, in {self.name}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -141,6 +141,8 @@ class Settings:
         check.integer("lora_rank", self.lora_rank, at_least=0)
         if check.integer("seed", self.seed, at_least=0) >= 2**31:
             raise ValueError(f"seed: expected an integer below 2^31, got {self.seed}")
+        if self.threads is not None:
+            check.integer("threads", self.threads, at_least=1)
         if not 0 <= check.number("average", self.average) < 1:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average:g}")
         if (self.data == "digits") != (self.data_dir is None):
