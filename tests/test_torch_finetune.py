@@ -596,10 +596,10 @@ def gradient(part):
 def on_two(done, method, **how):
     """One update by two processes, not clipped: the row, the gradient and the tensors of both."""
     group, out = Together(**how), [None, None]
+    parts = [training(done, group.rank(k), method=method, clip_norm=1e9) for k in range(2)]  # not in the threads, which share one seed
 
     def work(k):
-        part = training(done, group.rank(k), method=method, clip_norm=1e9)
-        out[k] = part.update(), gradient(part), part.tensors()
+        out[k] = parts[k].update(), gradient(parts[k]), parts[k].tensors()
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
     for thread in threads:
