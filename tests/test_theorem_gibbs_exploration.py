@@ -92,8 +92,8 @@ def test_continuous_rounds_can_lower_J_and_gibbs_rounds_cannot():
     assert J[continuous].min() < -1e-5
 
 
-@pytest.mark.parametrize("changes", [{"discount": 0.7}, {"discount": 0.4, "entropy_weight": 0.3}, {"start": "exact"}, {"schedule": VE(0.5, 3.0)},
-                                     {"schedule": SubVP(0.1, 10.0)}, {"schedule": OU(1.0), "kl_weight": 1.0}, {"eta": 0.0}])
+@pytest.mark.parametrize("changes", [{"discount": 0.4, "entropy_weight": 0.3, "start": "exact"}, {"schedule": VE(0.5, 3.0), "eta": 0.0},
+                                     {"schedule": SubVP(0.1, 10.0)}, {"schedule": OU(1.0), "kl_weight": 1.0}])
 def test_users_problems(changes):
     rows = list(THEOREM.checks(Case("own", replace(zoo.gaussian_pull_2d(), **changes), quick=True, seed=2, own=True)))
     assert [row.reason for row in rows if row.holds is False] == []
