@@ -32,7 +32,7 @@ class Verify:
     problem: str | None = None
     """A problem of your own, FILE.py:NAME, in the place of the zoo."""
     out: Path = Path("verify")
-    """Folder for verdicts.json and one figure per theorem."""
+    """Folder for index.html, verdicts.json, sensitivity.csv and one figure per theorem."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the verdicts already in the folder."""
     seed: int = 0
