@@ -10,10 +10,14 @@ from types import ModuleType
 
 from ctrl import check
 from ctrl.exact import chain as chain
+from ctrl.exact import divergence as divergence
 from ctrl.exact import limit as limit
 from ctrl.exact import quadrature as quadrature
+from ctrl.exact import tilt as tilt
 from ctrl.exact.chain import Optimum as Optimum
 from ctrl.exact.line_optimum import LineOptimum as LineOptimum
+from ctrl.exact.linear_doob import LinearDoob as LinearDoob
+from ctrl.exact.linear_doob import doob as linear_doob
 from ctrl.exact.truth import Advantage as Advantage
 from ctrl.exact.truth import ExactGradient as ExactGradient
 from ctrl.exact.truth import Terminal as Terminal
@@ -80,3 +84,16 @@ def optimum(problem: Problem, grid: TimeGrid) -> Optimum | LineOptimum:
         return quadrature.optimum(problem, grid)
     raise ValueError("problem: expected Gaussian data and a quadratic reward, or dimension 1, for the exact optimum, got "
                      f"{type(problem.data).__name__} and {type(problem.reward).__name__} in dimension {problem.dim}")
+
+
+def doob(problem: Problem, grid: TimeGrid) -> LinearDoob | quadrature.Doob:
+    r"""Doob's transform of the pre-trained chain by e^{r/lambda}, the optimum when whole kernels are free: an upper bound on J* of means.
+
+        phi_i(x) = E_pre[ e^{r(X_N)/lambda} | X_i = x ],      objective = lambda E log phi_0(X_0)
+
+    With a start law proportional to p_0 phi_0 its terminal law is the chain's tilt, exactly. log_phi(i, x), expected_reward, path_kl.
+    Source: theory.md, section 9 (ii).   Checked: tests/test_tilt.py::test_doob_dispatch
+    """
+    check.instance("problem", problem, Problem, "a ctrl.Problem")
+    method = _method(problem, problem.pretrained(grid), grid)
+    return linear_doob(problem, grid) if method is chain else method.doob(problem, grid)

@@ -24,6 +24,7 @@ from ctrl.check import Array
 from ctrl.exact import line_optimum, transport
 from ctrl.exact.line import WIDTH, LineChain, as_gradient, components, line_chain, line_terminal, line_truth
 from ctrl.exact.line_optimum import LineOptimum as LineOptimum
+from ctrl.exact.linear_doob import require_doob
 from ctrl.exact.truth import Advantage, ExactGradient, Terminal, Truth, Value
 from ctrl.policy import Policy
 from ctrl.problem import Problem
@@ -456,10 +457,7 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
     Source: theory.md, section 9 (ii).   Checked: tests/test_quadrature.py::test_doob
     """
     chain = line_chain(problem, problem.pretrained(grid), grid)
-    problem.require_path_kl()
-    if problem.kl_weight == 0 or problem.discount > 0:
-        raise ValueError(f"problem: expected kl_weight > 0 and discount 0 for Doob's transform, got kl_weight "
-                         f"{problem.kl_weight:g} and discount {problem.discount:g}")
+    require_doob(problem)
     width, last = WIDTH, np.inf
     for _ in range(8):
         out = _doob_on(chain, _smooth(_solve(chain, None, width=width), None))
