@@ -176,7 +176,8 @@ def test_a_cost_forgotten_by_the_simulator_fails(monkeypatch):
     replace(zoo.gaussian_pull_2d(), reward=LinearReward([0.0, 0.0]), kl_weight=0.0), replace(zoo.gaussian_pull_2d(), eta=0.0),
     replace(zoo.gaussian_pull_2d(), schedule=OU(4.0), start="exact"), replace(zoo.mixture_bump_1d(), schedule=SubVP(0.1, 10.0), kl_weight=0.0),
     replace(zoo.gaussian_pull_2d(), schedule=VE(0.5, 3.0)), replace(zoo.mixture_bump_1d(), entropy_weight=0.1),
-    Problem(OU(3.0), Gaussian([0.5], [[0.4]]), CallableReward(lambda x: np.sin(x[:, 0])), 0.3)], ids=str)
+    Problem(OU(3.0), Gaussian([0.5], [[0.4]]), CallableReward(lambda x: np.sin(x[:, 0])), 0.3)],
+    ids=lambda problem: f"{type(problem.schedule).__name__}-{type(problem.reward).__name__}")
 def test_a_users_problem_is_judged_or_skipped(problem):
     rows = list(THEOREM.checks(Case("mine", problem, quick=True, seed=3, own=True)))
     assert [row.reason for row in rows if row.holds is False] == []
