@@ -204,10 +204,10 @@ class Residual:
 
 
 def transition(frame: Frame, i: int, z: Array) -> tuple[Array, Array]:
-    """X_{i+1} (m, d) and cost_i (m,) when X_i has the whitened states z[:, :d] and the step the normals z[:, d:]."""
+    """X_{i+1} (m, d) and cost_i (m,) when X_i has the whitened states z[:, :d] and the step the normals z[:, d:]; mean actions."""
     chain, d = frame.chain, frame.chain.problem.dim
     (A, c), (dK, dk), co, x = chain.maps, chain.departure, chain.problem.coefficients(chain.grid), frame.colour(i, z[:, :d])
-    y = x @ A[i].T + c[i] + z[:, d:] @ np.linalg.cholesky(chain.step_cov[i]).T
+    y = x @ A[i].T + c[i] + co.noise[i] * z[:, d:]
     return y, chain.problem.kl_weight * co.kappa[i] * co.dt[i] * np.sum((x @ dK[i].T + dk[i]) ** 2, axis=1)
 
 
