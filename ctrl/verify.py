@@ -23,15 +23,25 @@ from ctrl.files import environment, user_object, versions, writable, write_json,
 from ctrl.laws import GaussianMixture
 from ctrl.problem import Problem
 from ctrl.theorems.advantage import AdvantageRate
+from ctrl.theorems.deterministic_sampler import DeterministicSampler
 from ctrl.theorems.exploration import Exploration
+from ctrl.theorems.gibbs_exploration import GibbsExploration
+from ctrl.theorems.kl_estimators import KLEstimators
 from ctrl.theorems.path_kl import PathKL
+from ctrl.theorems.performance_difference import PerformanceDifference
 from ctrl.theorems.policy_gradient import PolicyGradient
 from ctrl.theorems.reversal import Reversal
+from ctrl.theorems.step_size import StepSize
 from ctrl.theorems.style import png
 from ctrl.theorems.value import ValueMartingale
+from ctrl.theorems.value_ansatz import ValueAnsatz
+from ctrl.theorems.value_learning import ValueLearning
 from ctrl.theorems.verdict import Case, Theorem, Verdict
 
-THEOREMS: tuple[Theorem, ...] = (Reversal(), Exploration(), PathKL(), ValueMartingale(), AdvantageRate(), PolicyGradient())
+# In the order of theory.md's sections.
+THEOREMS: tuple[Theorem, ...] = (
+    Reversal(), Exploration(), PathKL(), ValueMartingale(), ValueLearning(), AdvantageRate(), PolicyGradient(), PerformanceDifference(),
+    GibbsExploration(), DeterministicSampler(), StepSize(), ValueAnsatz(), KLEstimators())
 
 COLUMNS = (("theorem", 15), ("problem", 16), ("check", 11), ("measured", 12), ("expected", 12), ("tol. or z", 9), ("verdict", 7), ("sec.", 6))
 
