@@ -133,7 +133,8 @@ class Training:
     def _sample(self, k: int) -> Run:
         rank, world, n = self.accelerator.process_index, self.accelerator.num_processes, self.settings.paths
         noise = self.settings.noise(k, n)[rank * n // world : (rank + 1) * n // world]
-        return sample(self.problem, self.policy, self.grid, noise, joined=self.accelerator.gather)
+        run = sample(self.problem, self.policy, self.grid, noise, joined=self.accelerator.gather)
+        return replace(run, at_once=self.settings.at_once)
 
     def sound(self) -> bool:
         """Whether the policy's images and KL are finite, whatever the reward says of them: a state that diverged replaces no good one."""
@@ -176,8 +177,9 @@ class Training:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, besides `iteration`."""
         out: dict[str, Tensor] = {}
+        kept = _kept(self.policy)
         for name, module in self.modules.items():
-            out |= {f"{name}.{key}": p for key, p in module.named_parameters() if name == "value" or _kept(self.policy, key)}
+            out |= {f"{name}.{key}": p for key, p in module.named_parameters() if name == "value" or key in kept}
         for name, optimiser in self.optimisers.items():
             for index, state in optimiser.state_dict()["state"].items():
                 out |= {f"{name}.{index}.{key}": x for key, x in state.items()}
@@ -198,10 +200,11 @@ class Training:
             raise ValueError(f"resume: expected the pre-trained model that {path} began with, got another one from {self.settings.cache}")
         counts = json.loads(described["counts"])
         self.iteration, self.queries, self.kept = counts["iteration"], counts["queries"], counts["iteration"]
+        kept = _kept(self.policy)
         with torch.no_grad():
             for name, module in self.modules.items():
                 for key, p in module.named_parameters():
-                    if name == "value" or _kept(self.policy, key):
+                    if name == "value" or key in kept:
                         p.copy_(tensors[f"{name}.{key}"])
         for name, optimiser in self.optimisers.items():
             state: dict[int, dict[str, Tensor]] = {}
@@ -233,8 +236,9 @@ def digest(module: nn.Module) -> str:
     return sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in module.state_dict().values())).hexdigest()[:16]
 
 
-def _kept(policy: Policy, key: str) -> bool:
-    return dict(policy.named_parameters())[key].requires_grad
+def _kept(policy: Policy) -> set[str]:
+    """Names of the parameters that training moves."""
+    return {key for key, p in policy.named_parameters() if p.requires_grad}
 
 
 def trainable_copy(base: NetworkPolicy, lora_rank: int) -> tuple[NetworkPolicy, Policy]:

@@ -109,6 +109,8 @@ class Settings:
     """A value network without the paper's skeleton."""
     precision: Literal["no", "bf16"] = "no"
     """Compute precision of the networks; states, log-densities and KL stay float32."""
+    at_once: int = 2**16
+    """States in one forward pass with gradients; beyond it activations are recomputed: less memory, the same numbers."""
     pretraining: Pretraining = Pretraining()
     """How the model is trained before."""
     samples: int = 2000
@@ -127,7 +129,7 @@ class Settings:
     """A tiny run that only shows that everything works."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "paths", "iterations", "reference_steps", "image_size"):
+        for name in ("steps", "paths", "iterations", "reference_steps", "image_size", "at_once"):
             check.integer(name, getattr(self, name), at_least=1)
         for name in ("samples", "reference_samples"):  # fewer have no standard error
             check.integer(name, getattr(self, name), at_least=2)
@@ -167,7 +169,7 @@ class Settings:
         fields = {name: value for name, value in asdict(self).items() if name not in self.elsewhere}
         return json.loads(json.dumps({**fields, **named}, default=str))
 
-    elsewhere: ClassVar[tuple[str, ...]] = ("threads", "cache")
+    elsewhere: ClassVar[tuple[str, ...]] = ("at_once", "threads", "cache")
 
 
 @dataclass(frozen=True, eq=False)
