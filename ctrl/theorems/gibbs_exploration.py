@@ -67,6 +67,14 @@ def over_actions(values: Array, count: int = 8) -> Array:
     return table - table.mean(axis=0)
 
 
+def spread_states(case: Case, t: float) -> Array:
+    """States (n, d) for an order at time t: on the line 25 of them over +-2 deviations, as at a few random ones errors may cancel."""
+    if case.problem.dim > 1:
+        return random_states(case, round(t / case.problem.horizon * case.grid.steps))
+    law = case.problem.marginal(t)
+    return law.mean + np.sqrt(law.cov[0, 0]) * np.linspace(-2.0, 2.0, 25)[:, None]
+
+
 # ---- the maximiser on a linear chain -------------------------------------------------------------------------------------
 
 
@@ -273,12 +281,12 @@ def limit_errors(case: Case) -> tuple[Array, Array, Array, Array, Array]:
     D (4,); |mean error| (4,); |covariance error| (4,); covariance by the cubic through them at D = 0, and the formula's, (n, d, d).
     grad V is that of continuous time for linear cases, the chain's own elsewhere.
     """
-    problem, states, covs = case.problem, random_states(case, 2 * case.grid.steps // 5), []
-    t = 0.4 * problem.horizon
+    problem, t, covs = case.problem, 0.4 * case.problem.horizon, []
+    states = spread_states(case, t)
     _, _, h, kappa = problem.schedule.rates(t, problem.eta)
     pull, dt, mean_error, cov_error = 2 * problem.kl_weight * kappa, [], [], []
     formula = np.broadcast_to(problem.entropy_weight / pull * np.eye(problem.dim), (len(states), problem.dim, problem.dim))
-    for steps in (40, 80, 160, 320) if not case.quick else (20, 40, 80, 160) if case.linear else (20, 40, 60, 80):
+    for steps in (40, 80, 160, 320) if not case.quick else (20, 40, 80, 160) if case.linear else (40, 60, 80, 100):
         at, i = replace(case, steps=steps), 2 * steps // 5
         if case.linear:
             star, slope = improved(problem, case.exploring, at.grid), exact.limit.value(problem, case.exploring).gradient(t, states)
@@ -488,7 +496,7 @@ class GibbsExploration(Theorem):
             yield self.exact(case, still, 0.0, 1e-11, f"{where}{what}")
             yield self.planted(case, still + drift, 0.0, 1e-11, f"{where}entropy counted in r and in q, path by path")
             return
-        pilot = _along(case, collector, at.value, case.noise("q pilot", 2000))
+        pilot = _along(case, collector, at.value, case.noise("q pilot", 1000))
         samples = _along(case, collector, at.value, case.noise("q-learning", 5000 if case.quick else 40_000))
         what = f"{where}V + ∫ (r_run - q) dt along another policy's paths"
         unit, spread = pilot[0].std(axis=0), pilot[1].var(axis=0)
@@ -546,7 +554,7 @@ class GibbsExploration(Theorem):
         if case.quick and case.problem.eta not in (0, 1):
             return
         samples = []
-        for run in runs(case.problem, behaviour(case.problem, case.grid), case.grid, case.noise("last step", 2000 if case.quick else 8000)):
+        for run in runs(case.problem, behaviour(case.problem, case.grid), case.grid, case.noise("last step", 1300 if case.quick else 8000)):
             assert run.paths.actions is not None
             x, a = run.states[:, i], run.paths.actions[:, i]
             gap = run.paths.reward - value.action_value(i, x, a) * run.coefficients.discount[i] - run.cost[:, i]
