@@ -97,11 +97,11 @@ def test_extreme_words():
     """The ends of both uniforms, and the octant borders: no NaN, no infinity, full relative accuracy."""
     edges = np.array([0, 1, 2**29 - 1, 2**29, 2**30, 2**31 - 1, 2**31, 3 * 2**30, 3037000499, 3037000500, 2**32 - 2, 2**32 - 1])
     wa, wb = (w.ravel() for w in np.meshgrid(edges, edges))
-    rows = np.resize(wa, normals.LANES).astype(np.uint32), np.resize(wb, normals.LANES).astype(np.uint32)
+    rows = np.stack([np.resize(wa, normals.LANES), np.resize(wb, normals.LANES)]).astype(np.uint32)
     expected = spec_box_muller(*rows)
     for compiled, dtype in ((normals.box_muller_64, np.float64), (normals.box_muller_32, np.float32)):
         got = np.empty((2, normals.LANES), dtype)
-        compiled(*rows, got[0], got[1])
+        compiled(rows.ravel(), normals.ROW_0, normals.ROW_1, got.ravel(), normals.ROW_0, normals.ROW_1)
         assert np.all(np.isfinite(got))
         assert max(ulps(got[0], expected[0]), ulps(got[1], expected[1])) < 4
 

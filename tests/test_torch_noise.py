@@ -76,7 +76,8 @@ def test_extreme_words():
     edges = np.array([0, 1, 2**29 - 1, 2**29, 2**30, 2**31 - 1, 2**31, 3 * 2**30, 7 * 2**29, 2**32 - 2, 2**32 - 1])
     wa, wb = (np.resize(w.ravel(), normals.LANES) for w in np.meshgrid(edges, edges))
     expected = np.empty((2, normals.LANES))
-    normals.box_muller_64(wa.astype(np.uint32), wb.astype(np.uint32), *expected)
+    rows = np.stack([wa, wb]).astype(np.uint32).ravel()
+    normals.box_muller_64(rows, normals.ROW_0, normals.ROW_1, expected.ravel(), normals.ROW_0, normals.ROW_1)
     found = torch.stack(device_noise.box_muller(torch.tensor(wa), torch.tensor(wb))).numpy()
     assert np.all(np.isfinite(found)) and ulps(found, expected) <= 8
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ctrl.kernels.mixture import accumulate, add_product, axpy, fill, score_rows
-from ctrl.kernels.normals import ACTION, FAST, LANES, STEP, normals
+from ctrl.kernels.mixture import accumulate, axpy, fill, score_rows
+from ctrl.kernels.normals import ACTION, FAST, LANES, STEP, WIDTH, normals, row
 
 Array = np.ndarray[Any, Any]
 
@@ -82,117 +82,126 @@ def run(begin, end, x, words, given, motion, exploration, cost, scores, sums, st
 @njit(error_model="numpy", fastmath=FAST)
 def run_block(begin, width, x, words, given, motion, exploration, cost, scores, sums, states):
     """Up to LANES paths from `begin` on; a narrow block is padded with zeros."""
-    dim, steps = x.shape[1], motion.s.shape[0]
-    state, new = np.zeros((dim, LANES), x.dtype), np.zeros((dim, LANES), x.dtype)
-    xi, z = np.zeros((4 * dim, LANES), x.dtype), np.zeros((4 * dim, LANES), x.dtype)
-    u, total = np.zeros((dim, LANES), x.dtype), np.zeros((3, LANES), x.dtype)
-    word = np.empty((4, LANES), np.uint32)
-    score, gap = np.empty((dim, LANES), x.dtype), np.empty((dim, LANES), x.dtype)
-    pull, level = np.empty((scores.means.shape[2] * dim, LANES), x.dtype), np.empty((scores.means.shape[2], LANES), x.dtype)
-    top, half = np.empty(LANES, x.dtype), x.dtype.type(0.5)
-    load(x, begin, width, state)
-    record(states, begin, width, 0, state)
+    dim, steps, size, half = x.shape[1], motion.s.shape[0], x.shape[1] * LANES, x.dtype.type(0.5)
+    count, mixtures = scores.means.shape[2], scores.drive.shape[0]
+    costs, samples, draws, keeps = cost.U.shape[0] > 0, exploration.E.shape[0] > 0, given.xi.shape[0] == 0, states.shape[0] > 0
+    state, new, u, total = np.zeros(size, x.dtype), np.zeros(size, x.dtype), np.zeros(size, x.dtype), np.zeros(3 * LANES, x.dtype)
+    xi, z, word = np.zeros(4 * size, x.dtype), np.zeros(4 * size, x.dtype), np.empty(4 * LANES, np.uint32)
+    score, gap, top = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(LANES, x.dtype)
+    pull, level = np.empty(count * size, x.dtype), np.empty(count * LANES, x.dtype)
+    first = np.uint64(words.first + np.uint64(begin))
+    for lane in range(width):
+        for a in range(dim):
+            state[a * LANES + lane] = x[begin + lane, a]
+    if keeps:
+        record(states, begin, width, 0, dim, state)
     for i in range(steps):
-        now = (i % 4) * dim
-        if i % 4 == 0:
-            draw(words, given, exploration, begin, width, i, dim, word, xi, z)
-        xi_now, z_now = xi[now : now + dim], z[now : now + dim]
-        move(motion, exploration, i, state, xi_now, z_now, new)
-        steer(cost, exploration, i, state, z_now, u)
-        for j in range(scores.drive.shape[0]):
-            score_rows(state, scores.means[j, i], scores.precisions[j, i], scores.constants[j, i], half,
-                       gap, pull, level, top, score)
-            add_score(scores.drive[j, i], score, new)
-            add_score(scores.charge[j, i], score, u)
-        charge(cost, i, u, xi_now, total)
-        record(states, begin, width, i + 1, new)
+        now = row((i % 4) * dim)
+        if i % 4 == 0 and draws:
+            normals(words.key, first, words.antithetic, STEP, i // 4, dim, word, xi)
+            if samples:
+                normals(words.key, first, words.antithetic, ACTION, i // 4, dim, word, z)
+        elif not draws:
+            load(given.xi, begin, width, i, dim, xi, now)
+            if samples:
+                load(given.z, begin, width, i, dim, z, now)
+        move(motion.A, motion.c, motion.s, exploration.E, i, dim, state, xi, z, now, new)
+        if costs:
+            steer(cost.U, cost.u0, exploration.F, i, dim, state, z, now, u)
+        for j in range(mixtures):
+            score_rows(state, dim, j, i, scores.means, scores.precisions, scores.constants, half, gap, pull, level, top, score)
+            for a in range(dim):
+                if scores.drive[j, i] != 0:
+                    axpy(scores.drive[j, i], score, row(a), new, row(a))
+                if scores.charge[j, i] != 0:
+                    axpy(scores.charge[j, i], score, row(a), u, row(a))
+        if costs:
+            for a in range(dim):
+                charge(u, row(a), xi, now + row(a), total)
+                if cost.discount.size > 0:
+                    add_scaled_square(cost.discount[i], u, row(a), total, row(2))
+        if keeps:
+            record(states, begin, width, i + 1, dim, new)
         state, new = new, state
     for lane in range(width):
         for a in range(dim):
-            x[begin + lane, a] = state[a, lane]
+            x[begin + lane, a] = state[a * LANES + lane]
         for a in range(3):
-            sums[begin + lane, a] = total[a, lane]
+            sums[begin + lane, a] = total[a * LANES + lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def draw(words, given, exploration, begin, width, i, dim, word, xi, z):
-    """Normals of steps i ... i + 3, rows (step, coordinate): xi, and z when actions are sampled."""
-    if given.xi.shape[0] == 0:
-        first = np.uint64(words.first + np.uint64(begin))
-        normals(words.key, first, words.antithetic, STEP, i // 4, dim, word, xi)
-        if exploration.E.shape[0] > 0:
-            normals(words.key, first, words.antithetic, ACTION, i // 4, dim, word, z)
-    else:
-        for r in range(min(4, given.xi.shape[1] - i)):
-            load(given.xi[:, i + r], begin, width, xi[r * dim : (r + 1) * dim])
-            if exploration.E.shape[0] > 0:
-                load(given.z[:, i + r], begin, width, z[r * dim : (r + 1) * dim])
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def load(x, begin, width, rows):
-    """Paths (n, d) to rows (d, LANES)."""
+def load(source, begin, width, i, dim, out, at):
+    """source[begin: begin + width, i] (n, N, d) to rows."""
     for lane in range(width):
-        for a in range(rows.shape[0]):
-            rows[a, lane] = x[begin + lane, a]
+        for a in range(dim):
+            out[at + row(a) + np.uint64(lane)] = source[begin + lane, i, a]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def record(states, begin, width, i, rows):
-    """Rows (d, LANES) to states[:, i]."""
-    if states.shape[0] > 0:
-        for lane in range(width):
-            for a in range(rows.shape[0]):
-                states[begin + lane, i, a] = rows[a, lane]
+def record(states, begin, width, i, dim, rows):
+    """Rows to states[:, i]."""
+    for lane in range(width):
+        for a in range(dim):
+            states[begin + lane, i, a] = rows[a * LANES + lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def move(motion, exploration, i, state, xi, z, new):
-    """new = A x + c + s xi + E z."""
-    for a in range(state.shape[0]):
-        scaled_plus(motion.s[i], xi[a], motion.c[i, a], new[a])
-        accumulate(motion.A[i, a], state, new[a])
-        if exploration.E.shape[0] > 0:
-            accumulate(exploration.E[i, a], z, new[a])
+def move(A, c, s, E, i, dim, state, xi, z, now, new):
+    """new = A x + c + s xi + E z; in one pass where A couples a coordinate to itself alone."""
+    for a in range(dim):
+        at, alone = row(a), True
+        for b in range(dim):
+            alone = alone and (a == b or A[i, a, b] == 0)
+        if alone:
+            affine(A[i, a, a], state, at, c[i, a], s[i], xi, now + at, new)
+        else:
+            scaled_plus(s[i], xi, now + at, c[i, a], new, at)
+            accumulate(A, i, a, state, dim, new, at)
+        if E.shape[0] > 0:
+            explore(E, i, a, z, now, dim, new, at)
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def steer(cost, exploration, i, state, z, u):
+def steer(U, u0, F, i, dim, state, z, now, u):
     """u = U x + u0 + F z."""
-    if cost.U.shape[0] > 0:
-        for a in range(state.shape[0]):
-            fill(u[a], cost.u0[i, a])
-            accumulate(cost.U[i, a], state, u[a])
-            if exploration.E.shape[0] > 0:
-                accumulate(exploration.F[i, a], z, u[a])
+    for a in range(dim):
+        fill(u, row(a), u0[i, a])
+        accumulate(U, i, a, state, dim, u, row(a))
+        if F.shape[0] > 0:
+            explore(F, i, a, z, now, dim, u, row(a))
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def add_score(coefficient, score, out):
-    """out += coefficient * score."""
-    if coefficient != 0:
-        for a in range(score.shape[0]):
-            axpy(coefficient, score[a], out[a])
+def explore(factor, i, a, z, now, dim, out, at):
+    """out += sum_b factor[i, a, b] z_b, a triangular factor."""
+    for b in range(a + 1):
+        if factor[i, a, b] != 0:
+            axpy(factor[i, a, b], z, now + row(b), out, at)
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def charge(cost, i, u, xi, total):
-    """square += |u|^2, cross += u'xi, discounted += discount |u|^2."""
-    if cost.U.shape[0] > 0:
-        for a in range(u.shape[0]):
-            add_product(u[a], u[a], total[0])
-            add_product(u[a], xi[a], total[1])
-            if cost.discount.size > 0:
-                add_scaled_square(cost.discount[i], u[a], total[2])
+def affine(slope, x, at, shift, scale, z, az, out):
+    for lane in range(WIDTH):
+        out[at + lane] = slope * x[at + lane] + (shift + scale * z[az + lane])
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def scaled_plus(s, x, c, out):
-    for lane in range(LANES):
-        out[lane] = c + s * x[lane]
+def scaled_plus(scale, z, az, shift, out, at):
+    for lane in range(WIDTH):
+        out[at + lane] = shift + scale * z[az + lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def add_scaled_square(s, x, out):
-    for lane in range(LANES):
-        out[lane] += s * (x[lane] * x[lane])
+def charge(u, at, xi, ax, total):
+    """square += u^2, cross += u xi."""
+    for lane in range(WIDTH):
+        value = u[at + lane]
+        total[lane] += value * value
+        total[WIDTH + lane] += value * xi[ax + lane]
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def add_scaled_square(s, x, ax, out, at):
+    for lane in range(WIDTH):
+        out[at + lane] += s * (x[ax + lane] * x[ax + lane])
