@@ -365,7 +365,7 @@ class ValueMartingale(Theorem):
         """Martingale orthogonality along simulated paths."""
         case, where = at.case, f"{at_eta(at.case)}{at.actions}"
         pilot = Residuals.simulated(at, case.noise(f"value pilot {at.actions}", 2000))
-        paths = 50_000 if not case.quick else 10_000 if case.linear or case.problem.eta == 1 else 20_000
+        paths = 50_000 if not case.quick else 10_000 if case.linear or case.problem.eta == 1 else 30_000
         run = Residuals.simulated(at, case.noise(f"value {at.actions}", paths))
         yield self.monte_carlo(case, mean_test(run.returns, at.truth.objective), 0.1 * float(pilot.returns.std()),
                                f"{where}: E[r - sum cost] = E V_0; must see 0.1 of a path's deviation")
