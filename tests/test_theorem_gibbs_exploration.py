@@ -102,7 +102,7 @@ def test_users_problems(changes):
 
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"kl_weight": 0.0}, "λ = 0"), ({"reward": QuadraticReward(-3 * np.eye(2), np.zeros(2))}, "no maximiser"),
-    ({"reward": QuadraticReward(np.zeros((2, 2)), np.zeros(2))}, "without a reward to climb")])
+    ({"reward": QuadraticReward(np.zeros((2, 2)), np.zeros(2))}, "not visible on this problem")])
 def test_users_problems_without_a_maximiser_or_a_reward(changes, reason):
     rows = list(THEOREM.checks(Case("own", replace(zoo.gaussian_pull_2d(), **changes), quick=True, seed=2, own=True)))
     assert [row.reason for row in rows if row.holds is False] == []
