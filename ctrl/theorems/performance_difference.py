@@ -374,7 +374,7 @@ class PerformanceDifference(Theorem):
         """The identity along simulated paths of theta', the surrogate by ratios of steps along paths of theta."""
         case, where = at.case, at_eta(at.case)
         move, few, scale = visible_move(at), case.problem.dim > 2, 1 if case.quick else 3
-        gap, walks = abs(move.gain - move.surrogate), case.noise("walks", scale * (2000 if few else 5000))
+        gap, walks = abs(move.gain - move.surrogate), case.noise("walks", scale * (4000 if few else 5000))
         if case.own and gap < 1e-12:
             yield self.skipped(case, f"{where}J(θ') - J(θ) along paths: no gap on this problem")
             return
@@ -394,7 +394,7 @@ class PerformanceDifference(Theorem):
     def _limit(self, at: Walked) -> Iterator[Verdict]:
         """sum D E_theta'[q] with the advantage rate q tends to the gain at order 1: of continuous time, or on the line of the chain itself."""
         case, where = at.case, at_eta(at.case)
-        step = self._moves(at, "identity")[0].to.policy.theta - at.policy.theta
+        step = (0.3 if case.linear else 0.1) * np.eye(at.policy.theta.size)[0]
 
         def curve(steps: int) -> float:
             here = Walked(replace(case, steps=steps), at.policy, at.actions)
@@ -403,7 +403,7 @@ class PerformanceDifference(Theorem):
             total = float((c.discount * c.dt) @ move.to.states.acting(here.case, move.to.policy).mean(q))
             return total if case.linear else total - move.gain
 
-        steps, target = order_steps(case) // (4 if case.quick else 1 if case.linear else 3), 0.0
+        steps, target = order_steps(case) // (4 if case.quick else 1 if case.linear else 2), 0.0
         if case.linear:
             before, after = (exact.limit.evaluate(case.problem, policy).objective for policy in (at.policy, at.moved(step).policy))
             target = after - before
