@@ -646,10 +646,10 @@ def _draw_orders(ax: Axes, case: Case) -> None:
     """The continuous formula is O(D) away, and costs O(D^2) of J."""
     at = regularised(case, 0.5)
     dt, mean, cov, *_ = limit_errors(at)
-    steps = np.array([40, 80, 160, 320])
+    falls = [fall(at.problem, at.problem.grid(round(at.problem.horizon / D))) for D in dt.tolist()]
     style.order_line(ax, dt, mean, "mean of π*", 0)
     style.order_line(ax, dt, cov, "covariance of π*", 1)
-    style.order_line(ax, at.problem.horizon / steps, [fall(at.problem, at.problem.grid(int(n))) for n in steps], "fall of J from J*", 2)
+    style.order_line(ax, dt, falls, "fall of J from J*", 2)
     ax.set(xlabel="step D (horizon units)", ylabel="error (score units; squared; reward)", title="η = 0.5: against the continuous formula")
     ax.set_ylim(top=30 * ax.get_ylim()[1])
     ax.legend(loc="upper left", fontsize=7)
