@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 REACH = 0.01  # nats between theta and theta' on the line: further, V of theta is asked for where its lattice ends
 SIZES = (0.04, 0.02, 0.01, 0.005)  # |theta' - theta| of the local statements
 
+
 @dataclass(frozen=True, eq=False)
 class Walked(Solved):
     """A solved policy and where its chain goes."""
