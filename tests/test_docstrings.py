@@ -14,7 +14,8 @@ import pytest
 import ctrl
 
 TESTS = Path(__file__).parent
-MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "zoo", "testing", "theorems", "torch", "torch.images", "torch.rewards",
+MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "zoo", "testing", "theorems",
+"torch", "torch.images", "torch.rewards",
            "torch.classifiers")
 # Faces and containers that users meet only through the names above; a sentence is enough.
 PLUMBING = {
