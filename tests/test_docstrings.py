@@ -15,8 +15,7 @@ import ctrl
 
 TESTS = Path(__file__).parent
 MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "zoo", "testing", "theorems",
-"torch", "torch.images", "torch.rewards",
-           "torch.classifiers")
+           "torch", "torch.images", "torch.rewards", "torch.classifiers")
 # Faces and containers that users meet only through the names above; a sentence is enough.
 PLUMBING = {
     "estimators.Estimator", "estimators.Run", "estimators.ValueFunction", "estimators.runs",
