@@ -45,7 +45,7 @@ def mixture_bump_1d(eta: float = 1.0) -> Problem:
 def gaussian_8d(eta: float = 1.0) -> Problem:
     """A correlated Gaussian in 8-D, C_ij = sd_i sd_j 0.6^|i-j|, pulled along and across its long axes; closed form.
 
-    Source: theory.md, section 1.   Checked: tests/test_zoo.py::test_every_problem_has_a_truth_or_says_so
+    Source: theory.md, section 1.   Checked: tests/test_zoo.py::test_every_problem_has_a_truth
     """
     i = np.arange(8)
     sd = np.linspace(0.5, 1.2, 8)
@@ -68,9 +68,10 @@ def digits_line(digit: int = 3, eta: float = 1.0) -> Problem:
 
 
 def digits_plane(digit: int = 3, eta: float = 1.0) -> Problem:
-    """Real 8x8 digits on their first two principal axes, two Gaussian components per class; no exact truth.
+    """Real 8x8 digits on their first two principal axes, two Gaussian components per class.
 
-    Source: theory.md, section 1 (mixtures).   Checked: tests/test_zoo.py::test_digits_axes_and_weights
+    Truth by quadrature in the plane. Data and reward as in `digits_line`.
+    Source: theory.md, section 1 (mixtures).   Checked: tests/test_plane.py::test_digits_plane_against_simulated_paths
     """
     return _digits(digit, eta, dimensions=2, components=2)
 

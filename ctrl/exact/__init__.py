@@ -12,6 +12,7 @@ from ctrl import check
 from ctrl.exact import chain as chain
 from ctrl.exact import divergence as divergence
 from ctrl.exact import limit as limit
+from ctrl.exact import plane as plane
 from ctrl.exact import quadrature as quadrature
 from ctrl.exact import tilt as tilt
 from ctrl.exact.chain import Optimum as Optimum
@@ -35,7 +36,9 @@ def _method(problem: Problem, policy: Policy, grid: TimeGrid) -> ModuleType:
         return chain
     if problem.dim == 1:
         return quadrature
-    raise ValueError("problem: expected Gaussian data with an affine policy and a quadratic reward, or dimension 1, for exact truth; got "
+    if problem.dim == 2:
+        return plane
+    raise ValueError("problem: expected Gaussian data with an affine policy and a quadratic reward, or at most 2 dimensions, for exact truth; got "
                      f"{type(problem.data).__name__}, {type(policy).__name__}, {type(problem.reward).__name__} in dimension {problem.dim}")
 
 
@@ -44,7 +47,8 @@ def evaluate(problem: Problem, policy: Policy, grid: TimeGrid) -> Truth:
 
         J = E[e^{-rho T} r(X_N)] - lambda E sum e^{-rho t_i} kappa_i D_i |a_i - s_i|^2
 
-    method "chain" for Gaussian data, affine policy and quadratic reward (exact to rounding); else "quadrature" in 1-D (1e-10).
+    method "chain" for Gaussian data, affine policy and quadratic reward (exact to rounding); else "quadrature" in 1-D (1e-10), "plane"
+    in 2-D (1e-8).
     Source: theory.md, sections 1, 4 and 7.   Checked: tests/test_chain.py::test_reference_numbers
     """
     return _method(problem, policy, grid).evaluate(problem, policy, grid)

@@ -18,7 +18,7 @@ from ctrl.schedule import TimeGrid
 
 @dataclass(frozen=True, eq=False)
 class Terminal:
-    """Law of X_N: mean (d,), cov (d, d); by quadrature also its density (n,) at points (n,)."""
+    """Law of X_N: mean (d,), cov (d, d); by quadrature also its density (n,) at points (n,), in the plane (n1, n2) at (n1, n2, 2)."""
 
     mean: Array
     cov: Array
@@ -43,7 +43,7 @@ class Truth:
 
     expected_reward : E r(X_N), undiscounted        penalty : E sum kappa D |a - s|^2, undiscounted, at every eta
     terminal_kl : KL(law of X_N || law of the pre-trained X_N), nats      gradient : computed on first access
-    method : "chain", "quadrature" or "limit"
+    method : "chain", "quadrature", "plane" or "limit"
     Source: theory.md, sections 1 and 4.   Checked: tests/test_chain.py::test_reference_numbers
     """
 
