@@ -204,21 +204,23 @@ class Study:
     @property
     def steps(self) -> tuple[int, ...]:
         """Numbers of steps over which orders are fitted."""
-        return (40, 80, 160, 320) if self.case.linear else (9, 18, 36, 72) if self.case.quick else (20, 40, 80, 160)
+        if self.case.linear:
+            return 40, 80, 160, 320
+        if self.case.quick:
+            return 9, 18, 36, 72
+        return (20, 40, 80, 160) if self.problem.eta == 1 else (10, 20, 40, 80)  # less noise asks for a finer lattice
 
     @property
     def tried(self) -> tuple[int, ...]:
         """From few steps to many, on which one theta must give the same."""
         if self.case.linear:
             return (10, 100, 300) if self.case.quick else (10, 100, 1000)
-        return (9, 36, 72) if self.case.quick else (10, 80, 320)
+        return 10, self.steps[-2], self.steps[-1]
 
     @property
     def planted(self) -> int:
         """Steps on which planted policies are run."""
-        if self.case.linear:
-            return 200 if self.case.quick else 1000
-        return 80
+        return 200 if self.case.linear else 80
 
     @cached_property
     def continuous(self) -> exact.Truth:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STATES = 6  # random states of an exact identity
 NEGLIGIBLE = 2e-13  # weight of a quadrature node that is left out
-FAINT = 1e-12  # density, of its peak, below which a lattice node is left out
+FAINT = 1e-10  # density, of its peak, below which a lattice node is left out: V is not asked for so far out
 KNOTS = 600  # of the spline that stands in for V along simulated paths on the line
 
 
@@ -83,7 +83,7 @@ def ahead(chain: LinearChain, i: int) -> Iterator[tuple[Array, Array, Array]]:
 
 
 def law_nodes(case: Case, law: exact.Terminal) -> tuple[Array, Array]:
-    """Nodes (m, d) and weights (m,) of a chain's law: exact to degree 5 for a linear chain, its lattice on the line."""
+    """Nodes (m, d) and weights (m,) of a chain's law: exact to degree 5 for a linear chain; on the line its lattice."""
     if case.linear:
         z, w = cubature(case.problem.dim)
         return law.mean + z @ np.linalg.cholesky(law.cov).T, w
@@ -443,7 +443,7 @@ def last_step(at: Solved, noise: NoiseLike) -> tuple[Array, float]:
 def chain_errors(case: Case, policy: Policy) -> tuple[Array, Array]:
     """Numbers of steps and the error of V at fixed states, t = 0 and T/2: to the limit, or N against 2N."""
     states = {0: random_states(case, 0), 1: random_states(case, case.grid.steps // 2)}
-    grids = np.array([10, 20, 40, 80]) * (4 if case.linear else 1 if case.quick else 2)
+    grids = np.array([10, 20, 40, 80]) * (4 if case.linear else 1 if case.quick or case.problem.eta != 1 else 2)
 
     def curve(steps: int) -> Array:
         value = exact.value(case.problem, policy, case.problem.grid(steps))
