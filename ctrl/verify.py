@@ -27,6 +27,7 @@ from ctrl.theorems.deterministic_sampler import DeterministicSampler
 from ctrl.theorems.exploration import Exploration
 from ctrl.theorems.gibbs_exploration import GibbsExploration
 from ctrl.theorems.kl_estimators import KLEstimators
+from ctrl.theorems.optimal_tilt import OptimalTilt
 from ctrl.theorems.path_kl import PathKL
 from ctrl.theorems.performance_difference import PerformanceDifference
 from ctrl.theorems.policy_gradient import PolicyGradient
@@ -41,7 +42,7 @@ from ctrl.theorems.verdict import Case, Theorem, Verdict
 # In the order of theory.md's sections.
 THEOREMS: tuple[Theorem, ...] = (
     Reversal(), Exploration(), PathKL(), ValueMartingale(), ValueLearning(), AdvantageRate(), PolicyGradient(), PerformanceDifference(),
-    GibbsExploration(), DeterministicSampler(), StepSize(), ValueAnsatz(), KLEstimators())
+    OptimalTilt(), GibbsExploration(), DeterministicSampler(), StepSize(), ValueAnsatz(), KLEstimators())
 
 COLUMNS = (("theorem", 15), ("problem", 16), ("check", 11), ("measured", 12), ("expected", 12), ("tol. or z", 9), ("verdict", 7), ("sec.", 6))
 

@@ -14,13 +14,14 @@ import pytest
 import ctrl
 
 TESTS = Path(__file__).parent
-MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "zoo", "testing", "theorems",
-           "torch", "torch.images", "torch.rewards", "torch.classifiers")
+MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "exact.tilt", "exact.divergence", "zoo", "testing",
+           "theorems", "torch", "torch.images", "torch.rewards", "torch.classifiers")
 # Faces and containers that users meet only through the names above; a sentence is enough.
 PLUMBING = {
     "estimators.Estimator", "estimators.Run", "estimators.ValueFunction", "estimators.runs",
     "exact.Terminal", "exact.ExactGradient", "exact.Value", "exact.Optimum",
     "exact.chain.applies", "exact.chain.entropy", "exact.chain.LinearChain", "exact.chain.QuadraticValue", "exact.chain.Optimum",
+    "exact.tilt.Rule", "exact.tilt.log_partition", "exact.tilt.support", "exact.divergence.Divergence",
     "exact.limit.ContinuousPolicy", "exact.limit.FeedbackBasis", "exact.limit.MarginalKLRate",
     "testing.Setup", "testing.gaussians", "testing.mixtures", "testing.reals", "testing.rewards", "testing.schedules", "testing.vectors",
     "theorems.Case", "theorems.Theorem", "theorems.Verdict",

@@ -267,13 +267,31 @@ def test_divergence_tilts_on_the_line():
         line_divergence_tilt(digits.data, digits.reward, 0.5, Alpha(-1.0))
 
 
+def test_tilts_in_the_plane():
+    """A mixture of one component against the closed form, and a product of lines with a sum of rewards against the lines' own tilts."""
+    single = ctrl.GaussianMixture([1.0], PULL.data.mean[None], PULL.data.cov[None])
+    known, found = (tilt.tilt(law, PULL.reward, 0.5) for law in (PULL.data, single))
+
+    def numbers(t):
+        return np.array([t.objective, t.reward, t.kl])
+
+    np.testing.assert_allclose(numbers(found), numbers(known), rtol=1e-9)
+    assert abs(tilt.tilt(single, PULL.reward, 0.501).objective / known.objective - 1) > 1e-5
+
+    line, bump = MIXTURE.data, MIXTURE.reward
+    pair = ctrl.GaussianMixture(np.outer(line.weights, line.weights).ravel(), [[a, b] for a in line.means[:, 0] for b in line.means[:, 0]],
+                                [np.diag([a, b]) for a in line.covs[:, 0, 0] for b in line.covs[:, 0, 0]])
+    both = tilt.tilt(pair, ctrl.CallableReward(lambda x: bump.value(x[:, :1]) + bump.value(x[:, 1:])), 0.2)
+    np.testing.assert_allclose(numbers(both), 2 * numbers(tilt.tilt(line, bump, 0.2)), rtol=1e-9)
+
+
 def test_refusals():
-    with pytest.raises(ValueError, match="^reward: expected .* integrable"):
+    with pytest.raises(ValueError, match="^kl_weight: expected .* integrable"):
         tilt.tilt(LINE.data, ctrl.CallableReward(lambda x: x[:, 0] ** 2), 0.2)
     with pytest.raises(ValueError, match="^kl_weight: expected a weight large enough"):
         tilt.tilt(LINE.data, ctrl.QuadraticReward([[-2.0]], [0.0]), 0.2)
     with pytest.raises(ValueError, match="^law: expected a Gaussian with a quadratic reward, or dimension 1"):
-        tilt.tilt(zoo.digits_plane().data, zoo.digits_plane().reward, 0.5)
+        tilt.tilt(ctrl.Gaussian(np.zeros(3), np.eye(3)), ctrl.BumpReward(np.zeros(3), 1.0), 0.5)
     with pytest.raises(ValueError, match="^problem: expected Gaussian data for a bridge"):
         tilt.Bridge.of(MIXTURE)
     with pytest.raises(ValueError, match="^problem: expected Gaussian data and a quadratic reward for the initial-law bias"):

@@ -12,13 +12,13 @@ from ctrl import check
 from ctrl.exact import chain as chain
 from ctrl.exact import divergence as divergence
 from ctrl.exact import limit as limit
+from ctrl.exact import linear_doob as linear_doob
 from ctrl.exact import plane as plane
 from ctrl.exact import quadrature as quadrature
 from ctrl.exact import tilt as tilt
 from ctrl.exact.chain import Optimum as Optimum
 from ctrl.exact.line_optimum import LineOptimum as LineOptimum
 from ctrl.exact.linear_doob import LinearDoob as LinearDoob
-from ctrl.exact.linear_doob import doob as linear_doob
 from ctrl.exact.truth import Advantage as Advantage
 from ctrl.exact.truth import ExactGradient as ExactGradient
 from ctrl.exact.truth import Terminal as Terminal
@@ -100,4 +100,4 @@ def doob(problem: Problem, grid: TimeGrid) -> LinearDoob | quadrature.Doob:
     """
     check.instance("problem", problem, Problem, "a ctrl.Problem")
     method = _method(problem, problem.pretrained(grid), grid)
-    return linear_doob(problem, grid) if method is chain else method.doob(problem, grid)
+    return linear_doob.doob(problem, grid) if method is chain else method.doob(problem, grid)

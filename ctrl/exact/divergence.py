@@ -29,7 +29,9 @@ ROUNDS = 12
 class Divergence(ABC):
     """A convex f with f(1) = f'(1) = 0; `highest` is the supremum of f', which (r - c)/lambda must stay below."""
 
-    highest: float = np.inf
+    @property
+    def highest(self) -> float:
+        return np.inf
 
     @abstractmethod
     def f(self, u: Array) -> Array:
@@ -80,7 +82,9 @@ class ForwardKL(Divergence):
     Source: theory.md, section 9.   Checked: tests/test_tilt.py::test_divergences_are_what_they_say
     """
 
-    highest: float = 1.0
+    @property
+    def highest(self) -> float:
+        return 1.0
 
     def f(self, u: Array) -> Array:
         return -np.log(u) + u - 1
@@ -133,7 +137,7 @@ class Alpha(Divergence):
             raise ValueError(f"a: expected a number other than 0 (ForwardKL) and 1 (KL), got {self.a:g}")
 
     @property
-    def highest(self) -> float:  # type: ignore[override]
+    def highest(self) -> float:
         return 1 / (1 - self.a) if self.a < 1 else np.inf
 
     @property

@@ -30,7 +30,8 @@ from ctrl.schedule import TimeGrid
 
 # What is carried back: V, V', E r(X_N), E sum kappa D |a - s|^2, E |r| + costs (what rounding is relative to), a - s.
 V, SLOPE, REWARD, PENALTY, SIZE, FEEDBACK = range(6)
-FEWEST_PANELS, LOOK = 32, 2048  # of a time's states, at least; points among which kinks are looked for
+FEWEST_PANELS, FIRST_LOOK = 12, 64  # of a time's states, at least; of the last time's, so that no feature of a reward is missed
+LOOK = 2048  # points among which kinks are looked for
 ENOUGH = 9.0  # standard deviations of the optimal chain that the room must hold: exp(-40) is beyond
 GROWTHS = 8  # of the room, before the objective counts as unbounded
 
@@ -239,7 +240,8 @@ class _Backward:
         """Of a panel at time i: narrow enough for the noise that lands on it, and for the start law."""
         a, b = self.room(i)
         noise = float(self.chain.s[i - 1]) if i > 0 else float(np.min(components(self.chain.problem.start_law)[1]))
-        return min((b - a) / FEWEST_PANELS, KERNEL_PANEL * noise if noise > 0 else math.inf)
+        fewest = FIRST_LOOK if i == self.chain.grid.steps else FEWEST_PANELS
+        return min((b - a) / fewest, KERNEL_PANEL * noise if noise > 0 else math.inf)
 
     @cached_property
     def stages(self) -> tuple[list[Piecewise], list[Envelope]]:

@@ -464,8 +464,8 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
         if abs(out.objective - last) <= 1e-12 * max(1.0, abs(out.objective)):
             return out
         width, last = 1.25 * width, out.objective
-    raise ValueError("reward: expected e^(r / kl_weight) to be integrable under the pre-trained chain, got log phi "
-                     f"that still moves at {width:.3g} standard deviations")
+    raise ValueError("kl_weight: expected a weight large enough for e^(r / kl_weight) to be integrable under the pre-trained chain, got log "
+                     f"phi that still moves at {width:.3g} standard deviations")
 
 
 def _doob_on(chain: LineChain, solution: _Solution) -> Doob:

@@ -28,6 +28,7 @@ from ctrl.reward import Reward
 DEPTH = 45.0  # of log-density below its top that a rule covers: e^-45 = 3e-20
 FURTHEST = 60.0  # standard deviations from the mean at which a tilt is looked for
 LOOK = 8001
+PLANE, MOST_IN_PLANE = 9.0, 2_000_000  # in the plane: half-width in standard deviations of the law, and points
 
 
 # ---- tilts -----------------------------------------------------------------------------------------------------------
@@ -50,11 +51,12 @@ class Tilt:
 
 
 def tilt(law: Law, reward: Reward, kl_weight: float) -> Tilt:
-    r"""The tilt of a data law: in closed form for a Gaussian and a quadratic reward, precision C^{-1} + Q/lambda; on the line by panels.
+    r"""The tilt of a data law: in closed form for a Gaussian and a quadratic reward, precision C^{-1} + Q/lambda; else by quadrature.
 
         J = lambda log E_pre e^{r/lambda},     E*[r] = E_pre[ e^{r/lambda} r ] / E_pre e^{r/lambda},     KL* = (E*[r] - J)/lambda
 
-    ValueError where e^{r/lambda} has no integral. Closed form to rounding; panels to 1e-12.
+    ValueError where e^{r/lambda} has no integral. Closed form to rounding; on the line by panels, to 1e-12; in the plane by the trapezoid
+    rule on a lattice that is refined until J stands still to 1e-10.
     Source: theory.md, section 9.   Checked: tests/test_tilt.py::test_tilts_in_closed_form_and_by_panels
     """
     kl_weight = check.number("kl_weight", kl_weight, above=0)
@@ -63,12 +65,33 @@ def tilt(law: Law, reward: Reward, kl_weight: float) -> Tilt:
         phi = Exponent.of(quadratic, kl_weight)
         tilted, level = phi.tilted(law), log_partition(law, phi)
         return _tilt(kl_weight, level, kl_weight * phi.mean(tilted), tilted)
+    if law.dim == 2:
+        return _plane_tilt(law, reward, kl_weight)
     points, masses, level = line_rule(law, lambda x: reward.value(x[:, None]) / kl_weight)
     return _tilt(kl_weight, level, float(masses @ reward.value(points[:, None])), None)
 
 
 def _tilt(kl_weight: float, level: float, reward: float, law: Gaussian | None) -> Tilt:
     return Tilt(kl_weight, kl_weight * level, reward, reward / kl_weight - level, law)
+
+
+def _plane_tilt(law: Law, reward: Reward, kl_weight: float) -> Tilt:
+    covs = law.cov[None] if isinstance(law, Gaussian) else law.covs
+    spacing, half = 0.7 * float(np.sqrt(np.linalg.eigvalsh(covs).min())), PLANE * np.sqrt(np.diag(law.cov))
+    last = np.inf
+    while True:
+        n = 2 * np.ceil(half / spacing).astype(int) + 1
+        if n.prod() > MOST_IN_PLANE:
+            raise ValueError("kl_weight: expected a weight large enough for e^(r / kl_weight) to be integrable under the law, and a reward that "
+                             f"{MOST_IN_PLANE} points resolve, got lambda log E e^(r / lambda) that still moves at {kl_weight * last:.6g}")
+        axes = [m + spacing * (np.arange(k) - k // 2) for m, k in zip(law.mean, n, strict=True)]
+        x = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+        r = reward.value(x)
+        scaled = law.log_density(x) + r / kl_weight
+        level = float(logsumexp(scaled) + 2 * np.log(spacing))
+        if abs(level - last) <= 1e-10 * max(1.0, abs(level)):
+            return _tilt(kl_weight, level, float(spacing**2 * np.exp(scaled - level) @ r), None)
+        spacing, last = spacing / 1.5, level
 
 
 def log_partition(law: Gaussian, phi: Exponent) -> float:
@@ -119,8 +142,8 @@ def support(law: Law, exponent: Exponential) -> tuple[float, float, float]:
     levels = law.log_density(x[:, None]) + exponent(x)
     seen = np.flatnonzero(levels > levels.max() - DEPTH)
     if seen[0] == 0 or seen[-1] == LOOK - 1:
-        raise ValueError("reward: expected e^(r / kl_weight) to be integrable under the law, got one that still grows "
-                         f"{FURTHEST:g} standard deviations away")
+        raise ValueError("kl_weight: expected a weight large enough for e^(r / kl_weight) to be integrable under the law, got one that still "
+                         f"grows {FURTHEST:g} standard deviations away")
     return float(x[seen[0] - 1]), float(x[seen[-1] + 1]), float(levels.max())
 
 
