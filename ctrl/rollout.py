@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 from ctrl import check
 from ctrl.check import Array
 from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Scores, Words, run
+from ctrl.kernels.gradient import NO_VALUE, Collect, Terms
 from ctrl.kernels.normals import LANES
 from ctrl.kernels.threads import over_paths
 from ctrl.laws import Gaussian, GaussianMixture, Law
@@ -113,31 +114,42 @@ class _Chain:
         steps, d = self.grid.steps, self.problem.dim
         x = np.array(self.problem.initial(noise), dtype=self.dtype, order="C")
         states = np.empty((noise.paths if trajectory else 0, steps + 1, d), self.dtype)
-        if self.coefficients is not None and isinstance(noise, Noise):
-            empty = np.empty((0, steps, d), self.dtype)
-            sums = self._kernel(x, Words(np.uint64(noise.seed), np.uint64(noise.first), int(noise.antithetic)),
-                                Given(empty, empty), states)
-            if not trajectory:
-                return x, sums, None, None, None
-            xi = noise.steps(steps, d).astype(self.dtype, copy=False)
-            z = None if self.factor is None else noise.actions(steps, d).astype(self.dtype, copy=False)
-            return x, sums, states, xi, self._actions(states, z)
-        xi = noise.steps(steps, d).astype(self.dtype, copy=False)
-        z = None if self.factor is None else noise.actions(steps, d).astype(self.dtype, copy=False)
-        if self.coefficients is not None:
-            given = Given(xi, np.empty((0, steps, d), self.dtype) if z is None else z)
-            sums = self._kernel(x, Words(np.uint64(0), np.uint64(0), 0), given, states)
-        else:
+        streams = self.coefficients is not None and isinstance(noise, Noise)
+        xi, z = (None, None) if streams and not trajectory else self._arrays(noise)
+        if self.coefficients is None:
+            assert xi is not None
             sums = self._plain(x, xi, z, states)
+        else:
+            sums = self._kernel(x, noise, xi, z, states, _nothing(d, self.dtype), np.empty((2, 0, 0), self.dtype))
         return (x, sums, states, xi, self._actions(states, z)) if trajectory else (x, sums, None, None, None)
 
-    def _kernel(self, x: Array, words: Words, given: Given, states: Array) -> Array:
+    def collect(self, noise: NoiseLike, wanted: Collect, parameters: int) -> tuple[Array, Array, Array]:
+        """(terminal (n, d), what each path spent (n,), its sums S and P (2, n, p)): see ctrl.kernels.gradient."""
+        x = np.array(self.problem.initial(noise), dtype=self.dtype, order="C")
+        xi, z = (None, None) if isinstance(noise, Noise) else self._arrays(noise)
+        samples = np.empty((2, len(x), parameters), self.dtype)
+        sums = self._kernel(x, noise, xi, z, np.empty((0, 0, x.shape[1]), self.dtype), wanted, samples)
+        return x, sums[:, 2], samples
+
+    def _arrays(self, noise: NoiseLike) -> tuple[Array, Array | None]:
+        """xi, and z where the policy explores, (n, N, d)."""
+        shape = self.grid.steps, self.problem.dim
+        xi = noise.steps(*shape).astype(self.dtype, copy=False)
+        return xi, None if self.factor is None else noise.actions(*shape).astype(self.dtype, copy=False)
+
+    def _kernel(self, x: Array, noise: NoiseLike, xi: Array | None, z: Array | None, states: Array, wanted: Collect, samples: Array) -> Array:
+        """The compiled chain from x, which it overwrites; counter noise is made inside, other noise comes as arrays."""
         assert self.coefficients is not None
         motion, exploration, cost, scores = self.coefficients
-        sums = np.zeros((len(x), 3), self.dtype)
+        sums, none = np.zeros((len(x), 3), self.dtype), np.empty((0, self.grid.steps, x.shape[1]), self.dtype)
+        if isinstance(noise, Noise):
+            words, given = Words(np.uint64(noise.seed), np.uint64(noise.first), int(noise.antithetic)), Given(none, none)
+        else:
+            assert xi is not None
+            words, given = Words(np.uint64(0), np.uint64(0), 0), Given(xi, none if z is None else z)
 
         def piece(begin: int, end: int) -> None:
-            run(begin, end, x, words, given, motion, exploration, cost, scores, sums, states)
+            run(begin, end, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples)
 
         over_paths(piece, len(x), self.threads)
         return sums
@@ -219,10 +231,12 @@ def _normal_form(problem: Problem, grid: TimeGrid, parts: Parts, pre: Parts, fac
     if pre.laws is not None and not shared:
         mixtures.append((pre.laws, 0 * gain, -w))
     A = (1 - c.dt * c.f)[:, None, None] * np.eye(d) + gain[:, None, None] * parts.K
-    cost = (w[:, None, None] * (parts.K - pre.K), w[:, None] * (parts.k - pre.k), c.discount if problem.discount > 0 else c.discount[:0])
     none = np.empty((0, d, d))
+    diagonal = not np.any(A * (1 - np.eye(d)))
+    cost = (none if np.array_equal(parts.K, pre.K) else w[:, None, None] * (parts.K - pre.K), w[:, None] * (parts.k - pre.k),
+            c.discount if problem.discount > 0 else c.discount[:0])
     sampled = (none, none) if factor is None else (gain[:, None, None] * factor, w[:, None, None] * factor)
-    return (Motion(*_cast(dtype, A, gain[:, None] * parts.k, c.noise)),
+    return (Motion(*_cast(dtype, none if diagonal else A, np.einsum("kii->ki", A), gain[:, None] * parts.k, c.noise)),
             Exploration(*_cast(dtype, *sampled)),
             Cost(*_cast(dtype, *(none, none[:, 0], c.discount[:0]) if free else cost)),
             _scores(mixtures, d, grid.steps, dtype))
@@ -248,6 +262,13 @@ def _as_mixture(law: Law) -> GaussianMixture:
 
 def _cast(dtype: Any, *arrays: Array) -> list[Array]:
     return [np.array(a, dtype=dtype, order="C") for a in arrays]
+
+
+def _nothing(d: int, dtype: Any) -> Collect:
+    """No sums of gradients."""
+    index, number = np.empty(0, np.int64), np.empty(0, dtype)
+    return Collect(Terms(index, index, index, index, number), number, number, number, 0, 0, NO_VALUE,
+                   np.empty((0, d, d), dtype), np.empty((0, d), dtype), number)
 
 
 def _discounted_entropy(problem: Problem, policy: Policy, grid: TimeGrid) -> float:

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ctrl.kernels.mixture import accumulate, axpy, fill, score_rows
+from ctrl.kernels.gradient import BASELINE, DIFFERENCE, NO_VALUE, add_value, collect, hand_over, spend
+from ctrl.kernels.mixture import score_rows
 from ctrl.kernels.normals import ACTION, FAST, LANES, STEP, WIDTH, normals, row
+from ctrl.kernels.rows import add_product, affine, affine_4, axpy, copy, fill, scaled_plus
 
 Array = np.ndarray[Any, Any]
 
@@ -37,9 +39,10 @@ class Given(NamedTuple):
 
 
 class Motion(NamedTuple):
-    """A (N, d, d), c (N, d), s (N,)."""
+    """A (N, d, d), empty where it is diagonal: then slope (N, d); c (N, d), s (N,)."""
 
     A: Array
+    slope: Array
     c: Array
     s: Array
 
@@ -52,7 +55,7 @@ class Exploration(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """U (N, d, d), u0 (N, d), empty when u = 0; discount (N,), empty for none."""
+    """u0 (N, d), empty when u = 0; U (N, d, d), empty when zero; discount (N,), empty for none."""
 
     U: Array
     u0: Array
@@ -70,25 +73,33 @@ class Scores(NamedTuple):
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
-def run(begin, end, x, words, given, motion, exploration, cost, scores, sums, states):
+def run(begin, end, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples):
     """Paths begin ... end - 1: x (n, d) holds the start and receives the end; sums (n, 3): square, cross, discounted.
 
-    given, exploration, cost, scores and states (n, N + 1, d) may be empty; `words` is used when `given` is.
+    given, exploration, cost, scores, states (n, N + 1, d) and samples (2, n, p) may be empty; `words` is used when `given` is.
+    With samples (of what is `wanted`), sums[:, 2] is what is spent.
     """
     for block in range(begin, end, LANES):
-        run_block(block, min(LANES, end - block), x, words, given, motion, exploration, cost, scores, sums, states)
+        run_block(block, min(LANES, end - block), x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples)
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def run_block(begin, width, x, words, given, motion, exploration, cost, scores, sums, states):
+def run_block(begin, width, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples):
     """Up to LANES paths from `begin` on; a narrow block is padded with zeros."""
-    dim, steps, size, half = x.shape[1], motion.s.shape[0], x.shape[1] * LANES, x.dtype.type(0.5)
-    count, mixtures = scores.means.shape[2], scores.drive.shape[0]
-    costs, samples, draws, keeps = cost.U.shape[0] > 0, exploration.E.shape[0] > 0, given.xi.shape[0] == 0, states.shape[0] > 0
-    state, new, u, total = np.zeros(size, x.dtype), np.zeros(size, x.dtype), np.zeros(size, x.dtype), np.zeros(3 * LANES, x.dtype)
+    A, slope, c, s = motion
+    E, F = exploration
+    U, u0, discount = cost
+    means, precisions, constants, drive, charge = scores
+    terms, gain, pull, price, sampled, to_go, use, S, w, z0 = wanted
+    dim, steps, size, half = x.shape[1], s.shape[0], x.shape[1] * LANES, x.dtype.type(0.5)
+    one, count, mixtures, parameters = half + half, means.shape[2], drive.shape[0], samples.shape[2]
+    costs, explores, draws, keeps, collects = u0.shape[0] > 0, E.shape[0] > 0, given.xi.shape[0] == 0, states.shape[0] > 0, parameters > 0
+    glides = not (costs or explores or keeps or collects or mixtures > 0 or A.shape[0] > 0)
+    state, before, u, total = np.zeros(size, x.dtype), np.empty(size, x.dtype), np.zeros(size, x.dtype), np.zeros(3 * LANES, x.dtype)
     xi, z, word = np.zeros(4 * size, x.dtype), np.zeros(4 * size, x.dtype), np.empty(4 * LANES, np.uint32)
-    score, gap, top = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(LANES, x.dtype)
-    pull, level = np.empty(count * size, x.dtype), np.empty(count * LANES, x.dtype)
+    score, gap, new, top = np.empty(mixtures * size, x.dtype), np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(LANES, x.dtype)
+    level, weight = np.empty((count + 1) * LANES, x.dtype), np.zeros(LANES, x.dtype)
+    score_sum, other_sum = np.zeros(parameters * LANES, x.dtype), np.zeros(parameters * LANES, x.dtype)
     first = np.uint64(words.first + np.uint64(begin))
     for lane in range(width):
         for a in range(dim):
@@ -99,35 +110,50 @@ def run_block(begin, width, x, words, given, motion, exploration, cost, scores, 
         now = row((i % 4) * dim)
         if i % 4 == 0 and draws:
             normals(words.key, first, words.antithetic, STEP, i // 4, dim, word, xi)
-            if samples:
+            if explores:
                 normals(words.key, first, words.antithetic, ACTION, i // 4, dim, word, z)
         elif not draws:
             load(given.xi, begin, width, i, dim, xi, now)
-            if samples:
+            if explores:
                 load(given.z, begin, width, i, dim, z, now)
-        move(motion.A, motion.c, motion.s, exploration.E, i, dim, state, xi, z, now, new)
-        if costs:
-            steer(cost.U, cost.u0, exploration.F, i, dim, state, z, now, u)
+        if glides:
+            glide(slope, c, s, i, dim, draws, state, xi, now)
+            continue
         for j in range(mixtures):
-            score_rows(state, dim, j, i, scores.means, scores.precisions, scores.constants, half, gap, pull, level, top, score)
-            for a in range(dim):
-                if scores.drive[j, i] != 0:
-                    axpy(scores.drive[j, i], score, row(a), new, row(a))
-                if scores.charge[j, i] != 0:
-                    axpy(scores.charge[j, i], score, row(a), u, row(a))
+            score_rows(state, dim, j, i, means, precisions, constants, half, gap, new, level, top, score, row(j * dim))
         if costs:
-            for a in range(dim):
-                charge(u, row(a), xi, now + row(a), total)
-                if cost.discount.size > 0:
-                    add_scaled_square(cost.discount[i], u, row(a), total, row(2))
+            steer(U, u0, F, i, dim, state, z, now, u)
+            for j in range(mixtures):
+                push(charge[j, i], score, j, dim, u)
+            charge_step(u, dim, xi, now, total)
+            if discount.shape[0] > 0 and not collects:
+                add_scaled_squares(discount[i], u, dim, total, row(2))
+        if collects:
+            copy(state, size, before)
+            fill(weight, row(0), half - half)
+            if to_go and sampled:
+                axpy(one, total, row(2), weight, row(0))
+            spend(price[i], sampled, half, u, dim, xi, now, total, row(2))
+            if to_go and not sampled:
+                axpy(one, total, row(2), weight, row(0))
+            if use != NO_VALUE:
+                add_value(-one, S, w, z0, i, half, before, dim, weight)
+        move(A, slope, c, s, E, i, dim, state, new, xi, z, now)
+        for j in range(mixtures):
+            push(drive[j, i], score, j, dim, state)
+        if collects:
+            if use == DIFFERENCE:
+                add_value(one, S, w, z0, i + 1, half, state, dim, weight)
+            collect(terms, gain[i], pull[i], i, weight, before, u, dim, xi, now, gap, new, score_sum, other_sum)
         if keeps:
-            record(states, begin, width, i + 1, dim, new)
-        state, new = new, state
+            record(states, begin, width, i + 1, dim, state)
     for lane in range(width):
         for a in range(dim):
             x[begin + lane, a] = state[a * LANES + lane]
         for a in range(3):
             sums[begin + lane, a] = total[a * LANES + lane]
+    if collects:
+        hand_over(begin, width, score_sum, other_sum, samples)
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -147,19 +173,33 @@ def record(states, begin, width, i, dim, rows):
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def move(A, c, s, E, i, dim, state, xi, z, now, new):
-    """new = A x + c + s xi + E z; in one pass where A couples a coordinate to itself alone."""
+def glide(slope, c, s, i, dim, draws, state, xi, now):
+    """x = slope x + c + s xi where nothing else is asked for: four steps at a time while their normals are there."""
+    four = draws and i // 4 * 4 + 4 <= s.shape[0]
+    if four and i % 4 > 0:
+        return
     for a in range(dim):
-        at, alone = row(a), True
-        for b in range(dim):
-            alone = alone and (a == b or A[i, a, b] == 0)
-        if alone:
-            affine(A[i, a, a], state, at, c[i, a], s[i], xi, now + at, new)
+        at = row(a)
+        if four:
+            affine_4(slope[i, a], slope[i + 1, a], slope[i + 2, a], slope[i + 3, a], state, at, c[i, a], c[i + 1, a], c[i + 2, a], c[i + 3, a],
+                     s[i], s[i + 1], s[i + 2], s[i + 3], xi, at, row(dim) + at, row(2 * dim) + at, row(3 * dim) + at)
         else:
-            scaled_plus(s[i], xi, now + at, c[i, a], new, at)
-            accumulate(A, i, a, state, dim, new, at)
-        if E.shape[0] > 0:
-            explore(E, i, a, z, now, dim, new, at)
+            affine(slope[i, a], state, at, c[i, a], s[i], xi, now + at)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def move(A, slope, c, s, E, i, dim, state, new, xi, z, now):
+    """x = A x + c + s xi + E z."""
+    if A.shape[0] == 0:
+        for a in range(dim):
+            affine(slope[i, a], state, row(a), c[i, a], s[i], xi, now + row(a))
+    else:
+        for a in range(dim):
+            scaled_plus(s[i], xi, now + row(a), c[i, a], new, row(a))
+        add_product(A, i, state, dim, new)
+        copy(new, dim * LANES, state)
+    if E.shape[0] > 0:
+        explore(E, i, dim, z, now, state)
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -167,41 +207,44 @@ def steer(U, u0, F, i, dim, state, z, now, u):
     """u = U x + u0 + F z."""
     for a in range(dim):
         fill(u, row(a), u0[i, a])
-        accumulate(U, i, a, state, dim, u, row(a))
-        if F.shape[0] > 0:
-            explore(F, i, a, z, now, dim, u, row(a))
+    if U.shape[0] > 0:
+        add_product(U, i, state, dim, u)
+    if F.shape[0] > 0:
+        explore(F, i, dim, z, now, u)
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def explore(factor, i, a, z, now, dim, out, at):
-    """out += sum_b factor[i, a, b] z_b, a triangular factor."""
-    for b in range(a + 1):
-        if factor[i, a, b] != 0:
-            axpy(factor[i, a, b], z, now + row(b), out, at)
+def explore(factor, i, dim, z, now, out):
+    """out_a += sum_b factor[i, a, b] z_b, a triangular factor."""
+    for a in range(dim):
+        for b in range(a + 1):
+            if factor[i, a, b] != 0:
+                axpy(factor[i, a, b], z, now + row(b), out, row(a))
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def affine(slope, x, at, shift, scale, z, az, out):
-    for lane in range(WIDTH):
-        out[at + lane] = slope * x[at + lane] + (shift + scale * z[az + lane])
+def push(weight, score, j, dim, out):
+    """out += weight times the j-th score."""
+    if weight != 0:
+        for a in range(dim):
+            axpy(weight, score, row(j * dim + a), out, row(a))
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def scaled_plus(scale, z, az, shift, out, at):
-    for lane in range(WIDTH):
-        out[at + lane] = shift + scale * z[az + lane]
+def charge_step(u, dim, xi, now, total):
+    """square += |u|^2, cross += u'xi."""
+    for a in range(dim):
+        at = row(a)
+        for lane in range(WIDTH):
+            value = u[at + lane]
+            total[lane] += value * value
+            total[WIDTH + lane] += value * xi[now + at + lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def charge(u, at, xi, ax, total):
-    """square += u^2, cross += u xi."""
-    for lane in range(WIDTH):
-        value = u[at + lane]
-        total[lane] += value * value
-        total[WIDTH + lane] += value * xi[ax + lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def add_scaled_square(s, x, ax, out, at):
-    for lane in range(WIDTH):
-        out[at + lane] += s * (x[ax + lane] * x[ax + lane])
+def add_scaled_squares(scale, u, dim, out, at):
+    """out += scale |u|^2."""
+    for a in range(dim):
+        near = row(a)
+        for lane in range(WIDTH):
+            out[at + lane] += scale * (u[near + lane] * u[near + lane])

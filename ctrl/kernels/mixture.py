@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from ctrl.kernels.normals import FAST, WIDTH, as_bits, as_float, row
+from ctrl.kernels.rows import add_product, fill
 
 # exp(t), t <= 0: t = n log 2 + r, the integer n read off the low bits of t log2(e) + 1.5 * 2^(mantissa bits)
 LOW_32, LOG2E_32, ROUND_32 = np.float32(-87.0), np.float32(1.44269504088896341), np.float32(1.5 * 2**23)
@@ -62,159 +63,168 @@ def _exp_below(t):
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def score_rows(x, dim, j, i, means, precisions, constants, half, gap, pull, level, top, out):
-    """Rows 0 ... d - 1 of out = score of mixture j of step i at x; gap, pull, level and top are scratch."""
-    count = means.shape[2]
-    for m in range(count):
+def score_rows(x, dim, j, i, means, precisions, constants, half, gap, pull, level, top, out, at):
+    """Rows at, at + 1, ... of out = score of mixture j of step i at x; gap and pull (d rows), level (M + 1) and top are scratch.
+
+    Two passes: levels and the highest of them, then weights. Four components share a pass in one and two dimensions, and P (x - mu)
+    is made twice rather than stored: passes over rows, not the arithmetic, are what small mixtures cost.
+    """
+    count, total, four, single = means.shape[2], row(means.shape[2]), 0, precisions[j, i]
+    if dim <= 2:
+        four = count // 4 * 4
+    for a in range(dim):
+        fill(out, at + row(a), half - half)
+    fill(level, total, half - half)
+    for m in range(0, four, 4):
         if dim == 1:
-            component_1(x, means[j, i, m, 0], precisions[j, i, m, 0, 0], constants[j, i, m], half, pull, level, row(m))
-        elif dim == 2:
-            component_2(x, means[j, i, m, 0], means[j, i, m, 1], precisions[j, i, m, 0, 0], precisions[j, i, m, 0, 1],
-                        precisions[j, i, m, 1, 1], constants[j, i, m], half, pull, level, row(m))
+            four_levels_1(x, j, i, m, means, precisions, constants, half, level, top)
         else:
-            component(x, dim, j, i, m, means, precisions, constants, half, gap, pull, level)
-        highest(level, row(m), m == 0, top)
-    fill(gap, row(0), half - half)
-    for a in range(dim):
-        fill(out, row(a), half - half)
-    for m in range(count):
+            four_levels_2(x, j, i, m, means, precisions, constants, half, level, top)
+    for m in range(four, count):
+        centre(x, j, i, m, means, dim, gap)
+        one_level(gap, pull, single, m, dim, constants[j, i, m], half, level, top)
+    for m in range(0, four, 4):
         if dim == 1:
-            weigh_1(level, row(m), top, pull, gap, out)
-        elif dim == 2:
-            weigh_2(level, row(m), top, pull, gap, out)
+            four_weights_1(x, j, i, m, means, precisions, level, total, top, out, at)
         else:
-            weigh(level, row(m), top, gap)
-            for a in range(dim):
-                add_product(level, row(m), pull, row(m * dim + a), out, row(a))
+            four_weights_2(x, j, i, m, means, precisions, level, total, top, out, at)
+    for m in range(four, count):
+        centre(x, j, i, m, means, dim, gap)
+        one_weight(gap, pull, single, m, dim, level, total, top, out, at)
     for a in range(dim):
-        divide_negative(gap, out, row(a))
+        divide_negative(level, total, out, at + row(a))
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def component_1(x, mean, precision, constant, half, pull, level, at):
-    """One component in one dimension: pull = P (x - mu), level = constant - 1/2 (x - mu) P (x - mu)."""
+def level_1(x, centre, precision, constant, half):
+    g = x - centre
+    return constant - half * (g * (precision * g))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def four_levels_1(x, j, i, m, means, precisions, constants, half, level, top):
+    """Levels of components m ... m + 3, and the highest so far."""
+    m0, m1, m2, m3 = means[j, i, m, 0], means[j, i, m + 1, 0], means[j, i, m + 2, 0], means[j, i, m + 3, 0]
+    p0, p1, p2, p3 = precisions[j, i, m, 0, 0], precisions[j, i, m + 1, 0, 0], precisions[j, i, m + 2, 0, 0], precisions[j, i, m + 3, 0, 0]
+    c0, c1, c2, c3 = constants[j, i, m], constants[j, i, m + 1], constants[j, i, m + 2], constants[j, i, m + 3]
+    begins, at = m == 0, row(m)
     for lane in range(WIDTH):
-        g = x[lane] - mean
-        y = precision * g
-        pull[at + lane] = y
-        level[at + lane] = constant - half * (g * y)
+        y = x[lane]
+        l0, l1, l2, l3 = level_1(y, m0, p0, c0, half), level_1(y, m1, p1, c1, half), level_1(y, m2, p2, c2, half), level_1(y, m3, p3, c3, half)
+        level[at + lane], level[at + WIDTH + lane], level[at + 2 * WIDTH + lane], level[at + 3 * WIDTH + lane] = l0, l1, l2, l3
+        high = higher(higher(l0, l1), higher(l2, l3))
+        top[lane] = high if begins else higher(high, top[lane])
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def component_2(x, m0, m1, p00, p01, p11, constant, half, pull, level, at):
-    """One component in two dimensions."""
-    second = at + at
+def higher(a, b):
+    return a if a > b else b
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def four_weights_1(x, j, i, m, means, precisions, level, total, top, out, to):
+    """total += w, out += w P (x - mu), for components m ... m + 3."""
+    m0, m1, m2, m3 = means[j, i, m, 0], means[j, i, m + 1, 0], means[j, i, m + 2, 0], means[j, i, m + 3, 0]
+    p0, p1, p2, p3 = precisions[j, i, m, 0, 0], precisions[j, i, m + 1, 0, 0], precisions[j, i, m + 2, 0, 0], precisions[j, i, m + 3, 0, 0]
+    at = row(m)
     for lane in range(WIDTH):
-        g0, g1 = x[lane] - m0, x[WIDTH + lane] - m1
-        y0, y1 = p00 * g0 + p01 * g1, p01 * g0 + p11 * g1
-        pull[second + lane], pull[second + WIDTH + lane] = y0, y1
-        level[at + lane] = constant - half * (g0 * y0 + g1 * y1)
+        y, high = x[lane], top[lane]
+        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + WIDTH + lane] - high)
+        w2, w3 = exp_below(level[at + 2 * WIDTH + lane] - high), exp_below(level[at + 3 * WIDTH + lane] - high)
+        level[total + lane] += (w0 + w1) + (w2 + w3)
+        out[to + lane] += (w0 * (p0 * (y - m0)) + w1 * (p1 * (y - m1))) + (w2 * (p2 * (y - m2)) + w3 * (p3 * (y - m3)))
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def component(x, dim, j, i, m, means, precisions, constants, half, gap, pull, level):
-    """One component in any dimension."""
+def level_2(x, y, mx, my, p, q, r, constant, half):
+    g, h = x - mx, y - my
+    return constant - half * (g * (p * g + q * h) + h * (q * g + r * h))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def four_levels_2(x, j, i, m, means, precisions, constants, half, level, top):
+    x0, x1, x2, x3 = means[j, i, m, 0], means[j, i, m + 1, 0], means[j, i, m + 2, 0], means[j, i, m + 3, 0]
+    y0, y1, y2, y3 = means[j, i, m, 1], means[j, i, m + 1, 1], means[j, i, m + 2, 1], means[j, i, m + 3, 1]
+    p0, p1, p2, p3 = precisions[j, i, m, 0, 0], precisions[j, i, m + 1, 0, 0], precisions[j, i, m + 2, 0, 0], precisions[j, i, m + 3, 0, 0]
+    q0, q1, q2, q3 = precisions[j, i, m, 0, 1], precisions[j, i, m + 1, 0, 1], precisions[j, i, m + 2, 0, 1], precisions[j, i, m + 3, 0, 1]
+    r0, r1, r2, r3 = precisions[j, i, m, 1, 1], precisions[j, i, m + 1, 1, 1], precisions[j, i, m + 2, 1, 1], precisions[j, i, m + 3, 1, 1]
+    c0, c1, c2, c3 = constants[j, i, m], constants[j, i, m + 1], constants[j, i, m + 2], constants[j, i, m + 3]
+    begins, at = m == 0, row(m)
+    for lane in range(WIDTH):
+        a, b = x[lane], x[WIDTH + lane]
+        l0, l1 = level_2(a, b, x0, y0, p0, q0, r0, c0, half), level_2(a, b, x1, y1, p1, q1, r1, c1, half)
+        l2, l3 = level_2(a, b, x2, y2, p2, q2, r2, c2, half), level_2(a, b, x3, y3, p3, q3, r3, c3, half)
+        level[at + lane], level[at + WIDTH + lane], level[at + 2 * WIDTH + lane], level[at + 3 * WIDTH + lane] = l0, l1, l2, l3
+        high = higher(higher(l0, l1), higher(l2, l3))
+        top[lane] = high if begins else higher(high, top[lane])
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def four_weights_2(x, j, i, m, means, precisions, level, total, top, out, to):
+    x0, x1, x2, x3 = means[j, i, m, 0], means[j, i, m + 1, 0], means[j, i, m + 2, 0], means[j, i, m + 3, 0]
+    y0, y1, y2, y3 = means[j, i, m, 1], means[j, i, m + 1, 1], means[j, i, m + 2, 1], means[j, i, m + 3, 1]
+    p0, p1, p2, p3 = precisions[j, i, m, 0, 0], precisions[j, i, m + 1, 0, 0], precisions[j, i, m + 2, 0, 0], precisions[j, i, m + 3, 0, 0]
+    q0, q1, q2, q3 = precisions[j, i, m, 0, 1], precisions[j, i, m + 1, 0, 1], precisions[j, i, m + 2, 0, 1], precisions[j, i, m + 3, 0, 1]
+    r0, r1, r2, r3 = precisions[j, i, m, 1, 1], precisions[j, i, m + 1, 1, 1], precisions[j, i, m + 2, 1, 1], precisions[j, i, m + 3, 1, 1]
+    at = row(m)
+    for lane in range(WIDTH):
+        a, b, high = x[lane], x[WIDTH + lane], top[lane]
+        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + WIDTH + lane] - high)
+        w2, w3 = exp_below(level[at + 2 * WIDTH + lane] - high), exp_below(level[at + 3 * WIDTH + lane] - high)
+        level[total + lane] += (w0 + w1) + (w2 + w3)
+        g0, g1, g2, g3 = w0 * (a - x0), w1 * (a - x1), w2 * (a - x2), w3 * (a - x3)
+        h0, h1, h2, h3 = w0 * (b - y0), w1 * (b - y1), w2 * (b - y2), w3 * (b - y3)
+        out[to + lane] += (p0 * g0 + q0 * h0) + (p1 * g1 + q1 * h1) + (p2 * g2 + q2 * h2) + (p3 * g3 + q3 * h3)
+        out[to + WIDTH + lane] += (q0 * g0 + r0 * h0) + (q1 * g1 + r1 * h1) + (q2 * g2 + r2 * h2) + (q3 * g3 + r3 * h3)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def centre(x, j, i, m, means, dim, gap):
+    """gap = x - mu_m."""
     for a in range(dim):
-        less(x, row(a), means[j, i, m, a], gap)
-    fill(level, row(m), constants[j, i, m])
+        at, mean = row(a), means[j, i, m, a]
+        for lane in range(WIDTH):
+            gap[at + lane] = x[at + lane] - mean
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def one_level(gap, pull, precision, m, dim, constant, half, level, top):
+    """The level of one component in any dimension, and the highest so far."""
+    at = row(m)
+    product(precision, m, gap, dim, pull)
+    fill(level, at, constant)
     for a in range(dim):
-        at = row(m * dim + a)
-        fill(pull, at, half - half)
-        for b in range(dim):
-            if precisions[j, i, m, a, b] != 0:
-                axpy(precisions[j, i, m, a, b], gap, row(b), pull, at)
-        lower(half, gap, row(a), pull, at, level, row(m))
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def less(x, at, centre, out):
+        near = row(a)
+        for lane in range(WIDTH):
+            level[at + lane] -= half * (gap[near + lane] * pull[near + lane])
     for lane in range(WIDTH):
-        out[at + lane] = x[at + lane] - centre
+        top[lane] = level[at + lane] if m == 0 else higher(level[at + lane], top[lane])
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def lower(half, x, ax, y, ay, out, at):
-    """out -= 1/2 x y."""
-    for lane in range(WIDTH):
-        out[at + lane] -= half * x[ax + lane] * y[ay + lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def highest(level, at, begins, top):
-    """top = the largest level so far, lane by lane."""
-    for lane in range(WIDTH):
-        top[lane] = level[at + lane] if begins or level[at + lane] > top[lane] else top[lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def weigh_1(level, at, top, pull, total, out):
-    """total += w, out += w pull with w = exp(level - top), in one dimension."""
-    for lane in range(WIDTH):
-        w = exp_below(level[at + lane] - top[lane])
-        total[lane] += w
-        out[lane] += w * pull[at + lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def weigh_2(level, at, top, pull, total, out):
-    """The same in two dimensions."""
-    second = at + at
-    for lane in range(WIDTH):
-        w = exp_below(level[at + lane] - top[lane])
-        total[lane] += w
-        out[lane] += w * pull[second + lane]
-        out[WIDTH + lane] += w * pull[second + WIDTH + lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def weigh(level, at, top, total):
-    """level = w and total += w."""
+def one_weight(gap, pull, precision, m, dim, level, total, top, out, to):
+    """total += w, out += w P (x - mu), for one component in any dimension."""
+    at = row(m)
+    product(precision, m, gap, dim, pull)
     for lane in range(WIDTH):
         w = exp_below(level[at + lane] - top[lane])
         level[at + lane] = w
-        total[lane] += w
+        level[total + lane] += w
+    for a in range(dim):
+        near = row(a)
+        for lane in range(WIDTH):
+            out[to + near + lane] += level[at + lane] * pull[near + lane]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def accumulate(A, i, a, x, dim, out, at):
-    """out += sum_b A[i, a, b] x_b; four rows in one pass when all are needed, none when none is."""
-    b = 0
-    while b < dim:
-        if b + 4 <= dim and A[i, a, b] != 0 and A[i, a, b + 1] != 0 and A[i, a, b + 2] != 0 and A[i, a, b + 3] != 0:
-            axpy_4(A[i, a, b], A[i, a, b + 1], A[i, a, b + 2], A[i, a, b + 3], x, row(b), out, at)
-            b += 4
-        else:
-            if A[i, a, b] != 0:
-                axpy(A[i, a, b], x, row(b), out, at)
-            b += 1
+def product(A, i, x, dim, out):
+    """out_a = sum_b A[i, a, b] x_b."""
+    for a in range(dim):
+        fill(out, row(a), x.dtype.type(0))
+    add_product(A, i, x, dim, out)
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def axpy_4(a0, a1, a2, a3, x, first, out, at):
+def divide_negative(x, ax, out, at):
     for lane in range(WIDTH):
-        near = first + lane
-        out[at + lane] += a0 * x[near] + a1 * x[near + WIDTH] + a2 * x[near + 2 * WIDTH] + a3 * x[near + 3 * WIDTH]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def axpy(a, x, ax, out, at):
-    for lane in range(WIDTH):
-        out[at + lane] += a * x[ax + lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def fill(out, at, value):
-    for lane in range(WIDTH):
-        out[at + lane] = value
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def add_product(x, ax, y, ay, out, at):
-    for lane in range(WIDTH):
-        out[at + lane] += x[ax + lane] * y[ay + lane]
-
-
-@njit(error_model="numpy", fastmath=FAST)
-def divide_negative(x, out, at):
-    for lane in range(WIDTH):
-        out[at + lane] = -out[at + lane] / x[lane]
+        out[at + lane] = -out[at + lane] / x[ax + lane]
