@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from ctrl.kernels.normals import FAST, WIDTH, as_bits, as_float, row
+from ctrl.kernels.normals import FAST, ROW_1, ROW_2, ROW_3, WIDTH, as_bits, as_float, row
 from ctrl.kernels.rows import add_product, fill
 
 # exp(t), t <= 0: t = n log 2 + r, the integer n read off the low bits of t log2(e) + 1.5 * 2^(mantissa bits)
@@ -27,7 +27,7 @@ T8, T9, T10, T11, T12 = 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 47
 MANTISSA_64 = np.uint64(52)
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def exp_32(t):
     """exp(t) for t <= 0, float32."""
     t = t if t > LOW_32 else LOW_32
@@ -38,7 +38,7 @@ def exp_32(t):
     return as_float(np.uint32(np.uint32(as_bits(p)) + np.uint32(np.uint32(as_bits(shifted)) << MANTISSA_32)))
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def exp_64(t):
     """exp(t) for t <= 0, float64."""
     t = t if t > LOW_64 else LOW_64
@@ -55,7 +55,7 @@ def exp_below(t):
     raise NotImplementedError("compiled code only")
 
 
-@overload(exp_below, jit_options={"error_model": "numpy", "fastmath": FAST})
+@overload(exp_below, jit_options={"error_model": "numpy", "fastmath": FAST, "forceinline": True})
 def _exp_below(t):
     if t == types.float32:
         return lambda t: exp_32(t)
@@ -95,7 +95,7 @@ def score_rows(x, dim, j, i, means, precisions, constants, half, gap, pull, leve
         divide_negative(level, total, out, at + row(a))
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def level_1(x, centre, precision, constant, half):
     g = x - centre
     return constant - half * (g * (precision * g))
@@ -111,12 +111,12 @@ def four_levels_1(x, j, i, m, means, precisions, constants, half, level, top):
     for lane in range(WIDTH):
         y = x[lane]
         l0, l1, l2, l3 = level_1(y, m0, p0, c0, half), level_1(y, m1, p1, c1, half), level_1(y, m2, p2, c2, half), level_1(y, m3, p3, c3, half)
-        level[at + lane], level[at + WIDTH + lane], level[at + 2 * WIDTH + lane], level[at + 3 * WIDTH + lane] = l0, l1, l2, l3
+        level[at + lane], level[at + ROW_1 + lane], level[at + ROW_2 + lane], level[at + ROW_3 + lane] = l0, l1, l2, l3
         high = higher(higher(l0, l1), higher(l2, l3))
         top[lane] = high if begins else higher(high, top[lane])
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def higher(a, b):
     return a if a > b else b
 
@@ -129,13 +129,13 @@ def four_weights_1(x, j, i, m, means, precisions, level, total, top, out, to):
     at = row(m)
     for lane in range(WIDTH):
         y, high = x[lane], top[lane]
-        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + WIDTH + lane] - high)
-        w2, w3 = exp_below(level[at + 2 * WIDTH + lane] - high), exp_below(level[at + 3 * WIDTH + lane] - high)
+        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + ROW_1 + lane] - high)
+        w2, w3 = exp_below(level[at + ROW_2 + lane] - high), exp_below(level[at + ROW_3 + lane] - high)
         level[total + lane] += (w0 + w1) + (w2 + w3)
         out[to + lane] += (w0 * (p0 * (y - m0)) + w1 * (p1 * (y - m1))) + (w2 * (p2 * (y - m2)) + w3 * (p3 * (y - m3)))
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def level_2(x, y, mx, my, p, q, r, constant, half):
     g, h = x - mx, y - my
     return constant - half * (g * (p * g + q * h) + h * (q * g + r * h))
@@ -154,7 +154,7 @@ def four_levels_2(x, j, i, m, means, precisions, constants, half, level, top):
         a, b = x[lane], x[WIDTH + lane]
         l0, l1 = level_2(a, b, x0, y0, p0, q0, r0, c0, half), level_2(a, b, x1, y1, p1, q1, r1, c1, half)
         l2, l3 = level_2(a, b, x2, y2, p2, q2, r2, c2, half), level_2(a, b, x3, y3, p3, q3, r3, c3, half)
-        level[at + lane], level[at + WIDTH + lane], level[at + 2 * WIDTH + lane], level[at + 3 * WIDTH + lane] = l0, l1, l2, l3
+        level[at + lane], level[at + ROW_1 + lane], level[at + ROW_2 + lane], level[at + ROW_3 + lane] = l0, l1, l2, l3
         high = higher(higher(l0, l1), higher(l2, l3))
         top[lane] = high if begins else higher(high, top[lane])
 
@@ -169,13 +169,14 @@ def four_weights_2(x, j, i, m, means, precisions, level, total, top, out, to):
     at = row(m)
     for lane in range(WIDTH):
         a, b, high = x[lane], x[WIDTH + lane], top[lane]
-        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + WIDTH + lane] - high)
-        w2, w3 = exp_below(level[at + 2 * WIDTH + lane] - high), exp_below(level[at + 3 * WIDTH + lane] - high)
+        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + ROW_1 + lane] - high)
+        w2, w3 = exp_below(level[at + ROW_2 + lane] - high), exp_below(level[at + ROW_3 + lane] - high)
         level[total + lane] += (w0 + w1) + (w2 + w3)
-        g0, g1, g2, g3 = w0 * (a - x0), w1 * (a - x1), w2 * (a - x2), w3 * (a - x3)
-        h0, h1, h2, h3 = w0 * (b - y0), w1 * (b - y1), w2 * (b - y2), w3 * (b - y3)
-        out[to + lane] += (p0 * g0 + q0 * h0) + (p1 * g1 + q1 * h1) + (p2 * g2 + q2 * h2) + (p3 * g3 + q3 * h3)
-        out[to + WIDTH + lane] += (q0 * g0 + r0 * h0) + (q1 * g1 + r1 * h1) + (q2 * g2 + r2 * h2) + (q3 * g3 + r3 * h3)
+        g0, g1, g2, g3 = a - x0, a - x1, a - x2, a - x3
+        h0, h1, h2, h3 = b - y0, b - y1, b - y2, b - y3
+        # w last, in a fused product: a tiny w times a small number alone would be subnormal, which is slow
+        out[to + lane] += w0 * (p0 * g0 + q0 * h0) + w1 * (p1 * g1 + q1 * h1) + w2 * (p2 * g2 + q2 * h2) + w3 * (p3 * g3 + q3 * h3)
+        out[to + WIDTH + lane] += w0 * (q0 * g0 + r0 * h0) + w1 * (q1 * g1 + r1 * h1) + w2 * (q2 * g2 + r2 * h2) + w3 * (q3 * g3 + r3 * h3)
 
 
 @njit(error_model="numpy", fastmath=FAST)

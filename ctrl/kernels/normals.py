@@ -79,7 +79,7 @@ def _bitcast(source: Any, target: Any) -> Any:
     return target(source), generate
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def philox_round(c0, c1, c2, c3, k0, k1):
     """One round: two 32 x 32 -> 64 bit products, their halves swapped and mixed with the key.
 
@@ -91,7 +91,7 @@ def philox_round(c0, c1, c2, c3, k0, k1):
     return np.uint64(np.uint64(c1 ^ k0) ^ np.uint64(b >> HIGH)), b, np.uint64(np.uint64(c3 ^ k1) ^ np.uint64(a >> HIGH)), a
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def row(k):
     """Where the k-th row of lanes begins. Unsigned: a signed index could be negative, and the test for that keeps loops scalar."""
     return np.uint64(k) * WIDTH
@@ -111,7 +111,7 @@ def words(key, first, keep, c2, c3, out):
         out[lane], out[ROW_1 + lane], out[ROW_2 + lane], out[ROW_3 + lane] = np.uint32(x0), np.uint32(x1), np.uint32(x2), np.uint32(x3)
 
 
-@njit(error_model="numpy", fastmath=FAST)
+@njit(error_model="numpy", fastmath=FAST, forceinline=True)
 def quarter_turns(w):
     """Nearest quarter turn q (mod 4) of the angle 2 pi w 2^-32, and the signed remainder in words."""
     q = np.uint32(np.uint32(w + EIGHTH) >> QUARTER_SHIFT)

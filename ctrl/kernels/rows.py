@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from ctrl.kernels.normals import FAST, WIDTH, row
+from ctrl.kernels.normals import FAST, ROW_1, ROW_2, ROW_3, WIDTH, row
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -91,6 +91,6 @@ def tile_2x4(A, i, a, b, x, first, out, at):
     second = at + WIDTH
     for lane in range(WIDTH):
         near = first + lane
-        x0, x1, x2, x3 = x[near], x[near + WIDTH], x[near + 2 * WIDTH], x[near + 3 * WIDTH]
+        x0, x1, x2, x3 = x[near], x[near + ROW_1], x[near + ROW_2], x[near + ROW_3]
         out[at + lane] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
         out[second + lane] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
