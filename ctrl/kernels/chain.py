@@ -79,13 +79,44 @@ def run(begin, end, x, words, given, motion, exploration, cost, scores, wanted, 
     given, exploration, cost, scores, states (n, N + 1, d) and samples (2, n, p) may be empty; `words` is used when `given` is.
     With samples (of what is `wanted`), sums[:, 2] is what is spent.
     """
+    room = scratch(x, scores.means.shape[2], scores.drive.shape[0], samples.shape[2])
     for block in range(begin, end, LANES):
-        run_block(block, min(LANES, end - block), x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples)
+        run_block(block, min(LANES, end - block), x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples, room)
+
+
+class Room(NamedTuple):
+    """Rows to work in, made once a call: fresh ones for every block would be handed back to the system and faulted in again."""
+
+    state: Array
+    before: Array
+    u: Array
+    total: Array
+    xi: Array
+    z: Array
+    word: Array
+    score: Array
+    gap: Array
+    new: Array
+    top: Array
+    level: Array
+    weight: Array
+    score_sum: Array
+    other_sum: Array
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def run_block(begin, width, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples):
-    """Up to LANES paths from `begin` on; a narrow block is padded with zeros."""
+def scratch(x, count, mixtures, parameters):
+    kind, size = x.dtype, x.shape[1] * LANES
+    return Room(
+        np.zeros(size, kind), np.zeros(size, kind), np.zeros(size, kind), np.zeros(3 * LANES, kind), np.zeros(4 * size, kind),
+        np.zeros(4 * size, kind), np.empty(4 * LANES, np.uint32), np.empty(mixtures * size, kind), np.empty(size, kind),
+        np.empty(size, kind), np.empty(LANES, kind), np.empty((count + 1) * LANES, kind), np.zeros(LANES, kind),
+        np.zeros(parameters * LANES, kind), np.zeros(parameters * LANES, kind))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def run_block(begin, width, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples, room):
+    """Up to LANES paths from `begin` on; what pads a narrow block is computed and dropped."""
     A, slope, c, s = motion
     E, F = exploration
     U, u0, discount = cost
@@ -95,11 +126,9 @@ def run_block(begin, width, x, words, given, motion, exploration, cost, scores, 
     one, count, mixtures, parameters = half + half, means.shape[2], drive.shape[0], samples.shape[2]
     costs, explores, draws, keeps, collects = u0.shape[0] > 0, E.shape[0] > 0, given.xi.shape[0] == 0, states.shape[0] > 0, parameters > 0
     glides = not (costs or explores or keeps or collects or mixtures > 0 or A.shape[0] > 0)
-    state, before, u, total = np.zeros(size, x.dtype), np.empty(size, x.dtype), np.zeros(size, x.dtype), np.zeros(3 * LANES, x.dtype)
-    xi, z, word = np.zeros(4 * size, x.dtype), np.zeros(4 * size, x.dtype), np.empty(4 * LANES, np.uint32)
-    score, gap, new, top = np.empty(mixtures * size, x.dtype), np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(LANES, x.dtype)
-    level, weight = np.empty((count + 1) * LANES, x.dtype), np.zeros(LANES, x.dtype)
-    score_sum, other_sum = np.zeros(parameters * LANES, x.dtype), np.zeros(parameters * LANES, x.dtype)
+    state, before, u, total, xi, z, word, score, gap, new, top, level, weight, score_sum, other_sum = room
+    for start in (state, total, score_sum, other_sum):
+        start[:] = 0
     first = np.uint64(words.first + np.uint64(begin))
     for lane in range(width):
         for a in range(dim):
