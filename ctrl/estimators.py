@@ -21,16 +21,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.kernels.gradient import BASELINE, DIFFERENCE, NO_VALUE
 from ctrl.noise import NoiseLike, require_noise
 from ctrl.policy import Policy
 from ctrl.problem import Problem
-from ctrl.rollout import Paths, simulate
+from ctrl.rollout import OnePass, Paths, one_pass, precision, simulate
 from ctrl.schedule import Coefficients, TimeGrid
 
 SAMPLES_LIMIT = 256 * 2**20
@@ -44,6 +46,11 @@ class ValueFunction(Protocol):
     def __call__(self, i: int, x: Array) -> Array: ...
 
     def gradient(self, i: int, x: Array) -> Array: ...
+
+
+def quadratic(value: Any) -> tuple[Array, Array, Array] | None:
+    """S, w, z of a value that is known to be -1/2 x'S_i x + w_i'x + z_i (the exact one of an affine-Gaussian chain), else None."""
+    return getattr(value, "quadratic", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +198,7 @@ class Run:
         return np.append(self.coefficients.discount, self.coefficients.final_discount)
 
 
-def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Iterator[Run]:
+def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, dtype: DTypeLike = np.float64) -> Iterator[Run]:
     """The paths in chunks whose trajectories fit in CHUNK_BYTES; an even number of units, for estimators that pair paths."""
     check.instance("problem", problem, Problem, "a ctrl.Problem")
     problem.check_types(policy, grid)
@@ -201,7 +208,7 @@ def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> 
     size = max(1, CHUNK_BYTES // (8 * width) // unit) * unit
     for first in range(0, noise.paths, size):
         part = noise[first : first + size]
-        yield Run(problem, policy, grid, part, simulate(problem, policy, grid, part, trajectory=True))
+        yield Run(problem, policy, grid, part, simulate(problem, policy, grid, part, dtype=dtype, trajectory=True))
 
 
 def _collect(batches: Iterator[Array], noise: NoiseLike, p: int) -> Gradient:
@@ -227,14 +234,30 @@ class Estimator(ABC):
     def cotangents(self, run: Run) -> Array:
         """u_i, (n, N, d)."""
 
-    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
+    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, *, dtype: DTypeLike = np.float64) -> Gradient:
+        """dtype : of the states, float64 or float32; sums over paths are always float64."""
         check.instance("problem", problem, Problem, "a ctrl.Problem")
         problem.check_types(policy, grid)
         require_noise(noise)
         if self.needs_diffusion:
             problem.require_path_kl()
-        batches = (self.samples(run) for run in runs(problem, policy, grid, noise))
-        return _collect(batches, noise, policy.theta.size)
+        return _collect(self._batches(problem, policy, grid, noise, precision(dtype)), noise, policy.theta.size)
+
+    def _batches(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, dtype: Any) -> Iterator[Array]:
+        """Samples, in the same pass as the paths where the form and the policy allow it, else from whole trajectories."""
+        form = self.one_pass()
+        chunks = None if form is None else one_pass(problem, policy, grid, noise, form, dtype)
+        if chunks is None:
+            return (self.samples(run) for run in runs(problem, policy, grid, noise, dtype))
+        return (self.of_sums(G, *sums.astype(np.float64, copy=False)) for G, sums in chunks)
+
+    def one_pass(self) -> OnePass | None:
+        """What the kernels must sum for `of_sums`; None where cotangents need the whole trajectory."""
+        return None
+
+    def of_sums(self, G: Array, S: Array, P: Array) -> Array:
+        """Samples (n, p) from returns G (n,), S = sum_i (d mu_i)' c_i xi_i and P = sum_i (d mu_i)' ( c_i xi_i w_i + e_i )."""
+        return G[:, None] * S + P
 
     def samples(self, run: Run) -> Array:
         """sum_i (d mu_i / d theta)' u_i per path, (n, p)."""
@@ -272,6 +295,7 @@ class ScoreFunction(Estimator):
     baseline: Baseline = None
     sampled_kl: bool = False
     needs_diffusion = True
+    to_go = False
 
     def __post_init__(self) -> None:
         b = self.baseline
@@ -295,17 +319,30 @@ class ScoreFunction(Estimator):
             level = b
         return self._weighted(run, self.returns(run) - level)
 
+    def one_pass(self) -> OnePass | None:
+        # A subclass may have cotangents of its own, which the kernels would not see.
+        if type(self) not in (ScoreFunction, RewardToGo) or isinstance(self.baseline, LeaveOneOut):
+            return None
+        value = quadratic(self.baseline) if callable(self.baseline) else None
+        if callable(self.baseline) and value is None:
+            return None
+        return OnePass(self.sampled_kl, self.to_go, NO_VALUE if value is None else BASELINE, value)
+
+    def of_sums(self, G: Array, S: Array, P: Array) -> Array:
+        return super().of_sums(G - self.baseline if isinstance(self.baseline, float) else G, S, P)
+
     def _weighted(self, run: Run, returns: Array) -> Array:
         u = returns[:, :, None] * run.score_noise
         return u if self.sampled_kl else u + run.kl_term
 
-    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Gradient:
+    def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, *, dtype: DTypeLike = np.float64) -> Gradient:
         if not isinstance(self.baseline, LeaveOneOut):
-            return super().__call__(problem, policy, grid, noise)
+            return super().__call__(problem, policy, grid, noise, dtype=dtype)
         problem.require_path_kl()
-        return _AroundMean(self, self._mean_returns(problem, policy, grid, noise), noise)(problem, policy, grid, noise)
+        mean = self._mean_returns(problem, policy, grid, noise, precision(dtype))
+        return _AroundMean(self, mean, noise)(problem, policy, grid, noise, dtype=dtype)
 
-    def _mean_returns(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -> Array:
+    def _mean_returns(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, dtype: Any) -> Array:
         """Mean over all paths of the returns at every step, (N,)."""
         if noise.group > 1:
             raise ValueError("noise: expected independent paths for a leave-one-out baseline, got antithetic pairs")
@@ -313,7 +350,7 @@ class ScoreFunction(Estimator):
             raise ValueError(f"noise: expected at least 2 paths for a leave-one-out baseline, got {noise.paths}")
         w = np.full(noise.paths, 1 / noise.paths) if noise.weights is None else noise.weights
         mean, first = np.zeros(grid.steps), 0
-        for run in runs(problem, policy, grid, noise):
+        for run in runs(problem, policy, grid, noise, dtype):
             returns = self.returns(run)
             mean += w[first : first + len(returns)] @ returns
             first += len(returns)
@@ -344,6 +381,8 @@ class RewardToGo(ScoreFunction):
     Source: theory.md, section 7.   Checked: tests/test_estimators.py::test_unbiased_on_sign_patterns
     """
 
+    to_go = True
+
     def returns(self, run: Run) -> Array:
         cost = run.sampled_cost if self.sampled_kl else run.cost
         from_here = np.cumsum(cost[:, ::-1], axis=1)[:, ::-1]
@@ -367,6 +406,13 @@ class TemporalDifference(Estimator):
     def cotangents(self, run: Run) -> Array:
         v = np.stack([run.discounted(self.value, i) for i in range(run.grid.steps + 1)], axis=1)
         return np.diff(v, axis=1)[:, :, None] * run.score_noise + run.kl_term
+
+    def one_pass(self) -> OnePass | None:
+        value = quadratic(self.value) if type(self) is TemporalDifference else None
+        return None if value is None else OnePass(use=DIFFERENCE, value=value)
+
+    def of_sums(self, G: Array, S: Array, P: Array) -> Array:
+        return P
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,19 @@ class Parts(NamedTuple):
     laws: tuple[Law, ...] | None
 
 
+class Terms(NamedTuple):
+    r"""A mean's dependence on theta, when it is linear: entries begin[i] ... begin[i + 1] - 1 belong to step i of a grid.
+
+        d mu_a / d theta_parameter = factor x_state    (or factor, where state is -1),   a = coordinate
+    """
+
+    begin: Array
+    parameter: Array
+    coordinate: Array
+    state: Array
+    factor: Array
+
+
 class Policy(ABC):
     """A Gaussian policy with parameters theta (p,) and an optional exploration covariance."""
 
@@ -74,6 +87,10 @@ class Policy(ABC):
     def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
         """Chain rule for policies whose parts are linear in theta: dJ/dK (N, d, d), dJ/dk (N, d) -> dJ/dtheta (p,)."""
         raise ValueError(f"policy: expected an AffinePolicy or a BasisPolicy (parts linear in theta), got {type(self).__name__}")
+
+    def terms(self, grid: TimeGrid) -> Terms | None:
+        """d mu / d theta as a list, for one-pass estimators; None where it is not linear in x."""
+        return None
 
     def exploration_cov(self, grid: TimeGrid) -> Array | None:
         """Sigma at every step, (N, d, d), or None when actions are means."""
@@ -169,6 +186,15 @@ class AffinePolicy(Policy):
     def parts(self, grid: TimeGrid) -> Parts:
         self._on(grid)
         return Parts(self.K, self.k, None)
+
+    def terms(self, grid: TimeGrid) -> Terms:
+        self._on(grid)
+        steps, d = self.k.shape
+        of_K, of_k = np.arange(self.K.size).reshape(steps, d * d), np.arange(self.K.size, self.theta.size).reshape(steps, d)
+        entry = np.concatenate([np.arange(d * d), np.arange(d)])
+        coordinate, state = np.where(np.arange(entry.size) < d * d, entry // d, entry), np.where(np.arange(entry.size) < d * d, entry % d, -1)
+        return Terms((d * d + d) * np.arange(steps + 1), np.concatenate([of_K, of_k], axis=1).ravel(),
+                     np.tile(coordinate, steps), np.tile(state, steps), np.ones(self.theta.size))
 
 
 @dataclass(frozen=True)
@@ -356,6 +382,16 @@ class BasisPolicy(Policy):
     def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
         steps = zip(grid.times[:-1], K, k, strict=True)
         return sum((self.basis.adjoint(float(t), Ki, ki) for t, Ki, ki in steps), np.zeros(self.theta.size))
+
+    def terms(self, grid: TimeGrid) -> Terms:
+        d = self.dim
+        units = np.eye(d * d + d)
+        K, k = units[:, : d * d].reshape(-1, d, d), units[:, d * d :]
+        table = np.stack([self.basis.adjoint(float(t), K, k) for t in grid.times[:-1]])
+        step, entry, parameter = np.nonzero(table)
+        linear = entry < d * d
+        return Terms(np.searchsorted(step, np.arange(grid.steps + 1)), parameter, np.where(linear, entry // d, entry - d * d),
+                     np.where(linear, entry % d, -1), table[step, entry, parameter])
 
     def parts(self, grid: TimeGrid) -> Parts:
         pre = self.problem.pretrained(grid).parts(grid)

@@ -3,6 +3,7 @@ r"""Simulation of the chain under a policy: the same numbers whatever the chunki
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ctrl import check
+from ctrl import policy as policies
 from ctrl.check import Array
 from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Scores, Words, run
 from ctrl.kernels.gradient import NO_VALUE, Collect, Terms
@@ -76,12 +78,7 @@ def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike,
     problem.check_policy(policy, grid)
     if isinstance(noise, QuadratureNoise):
         noise.require(problem, policy, grid)
-    try:
-        kind = np.dtype(dtype)
-    except TypeError:
-        raise ValueError(f"dtype: expected float64 or float32, got {dtype!r:.80}") from None
-    if kind not in (np.dtype(np.float64), np.dtype(np.float32)):
-        raise ValueError(f"dtype: expected float64 or float32, got {kind}")
+    kind = precision(dtype)
     if threads is not None:
         threads = check.integer("threads", threads, at_least=1)
     if trajectory:
@@ -92,6 +89,17 @@ def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike,
     for begin in range(0, noise.paths, size):
         out.add(begin, *chain.run(noise[begin : min(begin + size, noise.paths)], trajectory))
     return out.paths(problem.kl_weight, _discounted_entropy(problem, policy, grid))
+
+
+def precision(dtype: DTypeLike) -> np.dtype[Any]:
+    """float64 or float32; ValueError for anything else."""
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype: expected float64 or float32, got {dtype!r:.80}") from None
+    if kind not in (np.dtype(np.float64), np.dtype(np.float32)):
+        raise ValueError(f"dtype: expected float64 or float32, got {kind}")
+    return kind
 
 
 class _Chain:
@@ -262,6 +270,52 @@ def _as_mixture(law: Law) -> GaussianMixture:
 
 def _cast(dtype: Any, *arrays: Array) -> list[Array]:
     return [np.array(a, dtype=dtype, order="C") for a in arrays]
+
+
+@dataclass(frozen=True, eq=False)
+class OnePass:
+    r"""What an estimator with returns wants of the kernels: samples S G + P, with w_i in P (see ctrl.kernels.gradient).
+
+    sampled_kl : costs are lambda (u'xi + |u|^2/2), without e_i     to_go : w_i holds what is spent so far
+    value, use : V_i(x) = -1/2 x'S_i x + w_i'x + z_i as a BASELINE, or its DIFFERENCE along the step (then G = 0)
+    """
+
+    sampled_kl: bool = False
+    to_go: bool = False
+    use: int = NO_VALUE
+    value: tuple[Array, Array, Array] | None = None
+
+
+def one_pass(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, form: OnePass, dtype: Any,
+             threads: int | None = None) -> Iterator[tuple[Array, Array]] | None:
+    """Chunks of (G (n,), (S, P) (2, n, p)) made in the same pass as the paths; None for policies that the kernels do not know."""
+    terms, chain = policy.terms(grid), _Chain(problem, policy, grid, dtype, threads)
+    if terms is None or chain.coefficients is None:
+        return None
+    wanted = _wanted(problem, grid, terms, form, dtype)
+    per_path = 2 * policy.theta.size + (0 if isinstance(noise, Noise) else 2 * grid.steps * problem.dim)
+    size = max(LANES, CHUNK_NUMBERS // per_path // LANES * LANES)
+    final = problem.coefficients(grid).final_discount
+
+    def chunks() -> Iterator[tuple[Array, Array]]:
+        for begin in range(0, noise.paths, size):
+            x, spent, sums = chain.collect(noise[begin : min(begin + size, noise.paths)], wanted, policy.theta.size)
+            reward = check.returned("reward", problem.reward.value(x.astype(np.float64)), (len(x),))
+            yield final * reward - spent, sums
+
+    return chunks()
+
+
+def _wanted(problem: Problem, grid: TimeGrid, terms: policies.Terms, form: OnePass, dtype: Any) -> Collect:
+    """The kernels' coefficients of the sums S and P."""
+    c, d = problem.coefficients(grid), problem.dim
+    price = problem.kl_weight * c.discount
+    pull = (0.0 if form.sampled_kl else -1.0) * price * np.sqrt(2 * c.kappa * c.dt)
+    numbers = _cast(dtype, c.h * c.dt / c.noise, pull, price)
+    discounts, value = np.append(c.discount, c.final_discount), form.value or (np.empty((0, d, d)), np.empty((0, d)), np.empty(0))
+    S, w, z = _cast(dtype, *(v * discounts[: len(v)].reshape(-1, *(1,) * (v.ndim - 1)) for v in value))
+    indices = (np.ascontiguousarray(a, dtype=np.int64) for a in terms[:4])
+    return Collect(Terms(*indices, *_cast(dtype, terms.factor)), *numbers, int(form.sampled_kl), int(form.to_go), form.use, S, w, z)
 
 
 def _nothing(d: int, dtype: Any) -> Collect:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 import ctrl
-from ctrl import estimators
+from ctrl import estimators, zoo
 from ctrl.estimators import (
     ActionNoise,
     Estimator,
@@ -23,6 +23,7 @@ from ctrl.estimators import (
     ValueGradient,
 )
 from ctrl.evidence import fitted_order
+from ctrl.policy import Monomials, TimeBins
 from ctrl.testing import assert_mean, assert_unbiased, setups
 
 # ------------------------------------------------------------------------------------------- unbiased on sign patterns
@@ -495,7 +496,7 @@ def exact_trace(problem, policy, grid):
 
 def reference(steps, exploration=None):
     """Section 17's policy: K = 0.9 K_pre, k = k_pre + (.1, .1); the shift is its theta[1:]."""
-    problem = ctrl.zoo.gaussian_pull_2d()
+    problem = zoo.gaussian_pull_2d()
     return problem, ctrl.BasisPolicy.scaled(problem, 0.9, [0.1, 0.1], exploration), problem.grid(steps)
 
 
@@ -556,7 +557,7 @@ def test_planted_traces_are_rejected():
 
 
 def mixture_setup(kind):
-    problem = ctrl.zoo.mixture_bump_1d(eta=0.7)
+    problem = zoo.mixture_bump_1d(eta=0.7)
     if kind == "mixture":
         law = ctrl.GaussianMixture(problem.data.weights, problem.data.means - 0.15, problem.data.covs)
         return problem, ctrl.MixturePolicy(problem.schedule, law), problem.grid(30)
@@ -595,3 +596,78 @@ def test_planted_error_beyond_affine_policies_is_rejected(kind):
     with pytest.raises(AssertionError, match="standard error"):
         assert_mean(ValueGradientWithoutTheCost(value)(*setup, noise), expected,
                     resolves=RESOLVES["value gradient"] * float(np.linalg.norm(expected)))
+
+
+# ------------------------------------------------------------------------------------------- one pass
+
+
+def one_pass_cases():
+    """Problems and policies that have everything: discount, departure through x and t, sampled actions, parameters per step."""
+    problem = replace(bench()[0], discount=0.4)
+    grid = ctrl.TimeGrid(np.array([0, 0.07, 0.11, 0.2, 0.33, 0.41, 0.5, 0.58, 0.7, 0.81, 1.0]))
+    pre, free = problem.pretrained(grid), ctrl.BasisPolicy(problem, TimeBins(3), 0.1 * np.arange(12.0).reshape(3, 2, 2) - 0.4,
+                                                           np.array([[0.1, -0.2], [0.3, 0.0], [-0.1, 0.2]]))
+    affine = ctrl.AffinePolicy(0.9 * pre.K + [[0, 0.1], [-0.2, 0]], pre.k + 0.1, [[0.3, 0.1], [0.1, 0.2]])
+    policies = {"bins": free, "bins, sampled": free.with_exploration([[0.5, 0.2], [0.2, 0.4]]), "affine, sampled": affine,
+                "scaled": ctrl.BasisPolicy.scaled(problem, 0.8, [0.1, -0.3]), "shift": ctrl.BasisPolicy.shift(problem, [0.2, 0.1]), "none": pre}
+    return {name: (problem, policy, grid) for name, policy in policies.items()}
+
+
+def one_pass_forms(value):
+    return [form(baseline, sampled_kl) for form in (ScoreFunction, RewardToGo) for sampled_kl in (False, True)
+            for baseline in (None, 0.7, value)] + [TemporalDifference(value)]
+
+
+def by_trajectories(estimator, setup, noise):
+    return np.concatenate([estimator.samples(run) for run in estimators.runs(*setup, noise)])
+
+
+@pytest.mark.parametrize("name", one_pass_cases())
+def test_one_pass_is_the_cotangents(name):
+    """Path by path, the sums of the kernels are the cotangents of whole trajectories; exchanged forms of the return are told apart."""
+    setup, noise = one_pass_cases()[name], ctrl.Noise(3, 601)
+    forms = one_pass_forms(ctrl.exact.value(*setup))
+    expected = [by_trajectories(form, setup, noise) for form in forms]
+    for form, samples in zip(forms, expected, strict=True):
+        assert form.one_pass() is not None
+        scale = np.max(np.abs(samples))
+        got = form(*setup, noise).samples
+        np.testing.assert_allclose(got, samples, rtol=0, atol=1e-12 * scale)
+        np.testing.assert_allclose(form(*setup, noise, dtype=np.float32).samples, samples, rtol=0, atol=1e-4 * scale)
+        pieces = [form(*setup, noise[a:b]).samples for a, b in ((0, 300), (300, 601))]
+        assert np.array_equal(np.concatenate(pieces), got)
+    apart = [np.max(np.abs(a - b)) > 1e-3 * np.max(np.abs(a)) for k, a in enumerate(expected) for b in expected[k + 1 :]]
+    assert np.all(apart) if name != "none" else np.any(apart)     # without a departure nothing is spent
+
+
+def test_one_pass_on_mixtures():
+    """A mixture's score in the drift and in the cost."""
+    problem = zoo.mixture_bump_1d()
+    policy = ctrl.BasisPolicy(problem, Monomials(1), W=[[[0.2]], [[-0.1]]], w=[[0.3], [0.1]])
+    setup, noise = (problem, policy, problem.grid(9)), ctrl.Noise(5, 300, antithetic=True)
+    for form in (ScoreFunction(), RewardToGo(0.3, sampled_kl=True)):
+        pairs = by_trajectories(form, setup, noise).reshape(150, 2, -1).mean(axis=1)
+        np.testing.assert_allclose(form(*setup, noise).samples, pairs, rtol=0, atol=1e-12 * np.max(np.abs(pairs)))
+
+
+class OnlyTheCost(TemporalDifference):
+    def cotangents(self, run):
+        return run.kl_term
+
+
+@pytest.mark.parametrize("own", [CostsWithoutTheirGradient(), OnlyTheCost(None)])
+def test_own_cotangents_are_not_passed_by(own):
+    """A subclass is never replaced by its parent's kernel."""
+    setup, noise = bench(), ctrl.Noise(3, 100)
+    assert own.one_pass() is None
+    np.testing.assert_array_equal(own(*setup, noise).samples, by_trajectories(own, setup, noise))
+
+
+def test_one_pass_leaves_the_rest_to_trajectories():
+    """Policies that are not linear in x, and values that are not quadratic."""
+    problem = zoo.mixture_bump_1d()
+    grid, noise = problem.grid(5), ctrl.Noise(3, 100)
+    for policy in (problem.pretrained(grid), ctrl.CallablePolicy(lambda t, x, theta: theta * x, [-0.5], dim=1)):
+        assert policy.terms(grid) is None
+        ScoreFunction()(problem, policy, grid, noise)
+    assert RewardToGo(lambda i, x: np.zeros(len(x))).one_pass() is None and RewardToGo(LeaveOneOut()).one_pass() is None

@@ -180,6 +180,11 @@ class QuadraticValue(Value):
             raise ValueError(f"i: expected a step in 0 ... {last}, got {i}")
         return check.points("x", x, self.chain.problem.dim)
 
+    @property
+    def quadratic(self) -> tuple[Array, Array, Array]:
+        """S (N + 1, d, d), w (N + 1, d), z (N + 1,): what one-pass estimators ask of a value."""
+        return self.chain.values
+
     def __call__(self, i: int, x: Array) -> Array:
         x = self._at(i, x, self.chain.grid.steps)
         S, w, z = (v[i] for v in self.chain.values)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ctrl.kernels.gradient import BASELINE, DIFFERENCE, NO_VALUE, add_value, collect, hand_over, spend
+from ctrl.kernels.gradient import DIFFERENCE, NO_VALUE, add_value, collect, hand_over, spend
 from ctrl.kernels.mixture import score_rows
 from ctrl.kernels.normals import ACTION, FAST, LANES, STEP, WIDTH, normals, row
 from ctrl.kernels.rows import add_product, affine, affine_4, axpy, copy, fill, scaled_plus
@@ -123,7 +123,7 @@ def run_block(begin, width, x, words, given, motion, exploration, cost, scores, 
     means, precisions, constants, drive, charge = scores
     terms, gain, pull, price, sampled, to_go, use, S, w, z0 = wanted
     dim, steps, size, half = x.shape[1], s.shape[0], x.shape[1] * LANES, x.dtype.type(0.5)
-    one, count, mixtures, parameters = half + half, means.shape[2], drive.shape[0], samples.shape[2]
+    one, mixtures, parameters = half + half, drive.shape[0], samples.shape[2]
     costs, explores, draws, keeps, collects = u0.shape[0] > 0, E.shape[0] > 0, given.xi.shape[0] == 0, states.shape[0] > 0, parameters > 0
     glides = not (costs or explores or keeps or collects or mixtures > 0 or A.shape[0] > 0)
     state, before, u, total, xi, z, word, score, gap, new, top, level, weight, score_sum, other_sum = room
