@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numba.core.errors import NumbaError
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
@@ -240,9 +241,9 @@ def complex_step(name: str, function: Callable[[Array], Array], x: Array, j: int
     moved[..., j] += 1j * COMPLEX_STEP
     try:
         out = np.asarray(function(moved))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NumbaError) as error:
         raise ValueError(f"{name}: expected code that accepts complex numbers (or an explicit derivative), "
-                         f"got {type(error).__name__}: {error}") from None
+                         f"got {type(error).__name__}: {error!s:.300}") from None
     return check.returned(name, out.imag / COMPLEX_STEP, shape)
 
 

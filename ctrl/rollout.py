@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import is_jitted
 from numpy.typing import DTypeLike
 
 from ctrl import check
 from ctrl import policy as policies
 from ctrl.check import Array
-from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Scores, Words, run
+from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Own, Scores, Words, run
 from ctrl.kernels.gradient import NO_VALUE, Collect, Terms
 from ctrl.kernels.normals import LANES
+from ctrl.kernels.own import first_class
 from ctrl.kernels.threads import over_paths
 from ctrl.laws import Gaussian, GaussianMixture, Law
 from ctrl.noise import Noise, NoiseLike, QuadratureNoise, require_noise
@@ -69,7 +72,8 @@ def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike,
     dtype : precision of the states, float64 or float32 (rewards are always float64)
     trajectory : keep states, noise and actions too      threads : None for all cores; results do not depend on it
     Streams: noise is made inside the kernels and memory is that of the result, unless trajectories are kept or the noise
-    is a quadrature or coarsened one (then a bounded chunk of it at a time). A CallablePolicy runs in NumPy.
+    is a quadrature or coarsened one (then a bounded chunk of it at a time). A CallablePolicy runs in NumPy, or in the kernels
+    when its action is an @njit function; that is asked for blocks of 256 paths, in float64, and must answer for any x.
     Exact for the chain; against the continuous law the chain is of weak order 1.
     Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_chain_is_its_specification
     """
@@ -109,6 +113,9 @@ class _Chain:
         self.problem, self.policy, self.grid, self.dtype, self.threads = problem, policy, grid, dtype, threads
         self.factor = policy.exploration_factor(grid)
         parts, pre = policy.parts(grid), problem.pretrained(grid).parts(grid)
+        self.own = _own(problem, policy, grid)
+        if self.own is not None:
+            parts = Parts(np.zeros((grid.steps, problem.dim, problem.dim)), np.zeros((grid.steps, problem.dim)), None)
         self.coefficients = None if parts is None else _normal_form(problem, grid, parts, pre, self.factor, dtype)
 
     def chunk(self, noise: NoiseLike, trajectory: bool) -> int:
@@ -157,7 +164,7 @@ class _Chain:
             words, given = Words(np.uint64(0), np.uint64(0), 0), Given(xi, none if z is None else z)
 
         def piece(begin: int, end: int) -> None:
-            run(begin, end, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples)
+            run(begin, end, x, words, given, motion, exploration, cost, scores, self.own, wanted, sums, states, samples)
 
         over_paths(piece, len(x), self.threads)
         return sums
@@ -248,6 +255,17 @@ def _normal_form(problem: Problem, grid: TimeGrid, parts: Parts, pre: Parts, fac
             Exploration(*_cast(dtype, *sampled)),
             Cost(*_cast(dtype, *(none, none[:, 0], c.discount[:0]) if free else cost)),
             _scores(mixtures, d, grid.steps, dtype))
+
+
+def _own(problem: Problem, policy: Policy, grid: TimeGrid) -> Own | None:
+    """The kernels' view of a CallablePolicy whose action is an @njit function; None for anything else."""
+    action = getattr(policy, "action", None)
+    if not is_jitted(action):
+        return None
+    c, x, theta = problem.coefficients(grid), np.zeros((problem.dim, LANES)).T, policy.theta.copy()  # compiled for arrays that are writable
+    compiled = first_class("action", action, (types.float64, types.Array(types.float64, 2, "F"), types.float64[::1]))
+    check.returned("action", action(float(grid.times[0]), x, theta), x.shape)
+    return Own(compiled, theta, grid.times[:-1].copy(), c.dt * c.h, np.sqrt(2 * c.kappa * c.dt))
 
 
 def _scores(mixtures: list[tuple[tuple[Law, ...], Array, Array]], d: int, steps: int, dtype: Any) -> Scores:

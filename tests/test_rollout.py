@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -26,6 +27,8 @@ from ctrl import (
     TimeGrid,
     simulate,
 )
+from ctrl.estimators import Pathwise, ScoreFunction
+from numba import njit
 from numpy.linalg import cholesky
 
 GAUSSIAN = Gaussian([1.0, -0.5], [[0.6, 0.2], [0.2, 0.3]])
@@ -62,6 +65,15 @@ def arbitrary(problem, exploration=None):
     return CallablePolicy(lambda t, x, theta: -x + theta * np.sin(x[:, ::-1]) * t, [0.4, -0.3], exploration=exploration, dim=2)
 
 
+@njit
+def compiled_action(t, x, theta):
+    return -x + theta * np.sin(x[:, ::-1]) * t
+
+
+def compiled(problem, exploration=None):
+    return CallablePolicy(compiled_action, [0.4, -0.3], exploration=exploration, dim=2)
+
+
 def pretrained(problem, exploration=None):
     return problem.pretrained(GRID).with_exploration(exploration)
 
@@ -81,6 +93,8 @@ CASES = {
     "mixture policy on Gaussian": (problem_of(), own_mixture, None),
     "callable": (problem_of(data=MIXTURE), arbitrary, None),
     "callable, sampled": (problem_of(eta=0.0), arbitrary, SIGMA),
+    "compiled": (problem_of(data=MIXTURE), compiled, None),
+    "compiled, sampled": (problem_of(eta=0.5, discount=0.3), compiled, SIGMA),
     "pre-trained": (problem_of(), pretrained, None),
     "pre-trained mixture": (problem_of(data=MIXTURE), pretrained, None),
     "pre-trained, sampled": (problem_of(), pretrained, SIGMA),
@@ -163,7 +177,7 @@ def same(a, b):
     return all(np.array_equal(getattr(a, what), getattr(b, what)) for what in ("terminal", "reward", "penalty", "objective", "log_weight"))
 
 
-@pytest.mark.parametrize("name", ["sampled, eta 1.0", "mixture policy"])
+@pytest.mark.parametrize("name", ["sampled, eta 1.0", "mixture policy", "compiled"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_threads_chunks_and_padding_change_nothing(name, dtype):
     problem, make, exploration = CASES[name]
@@ -175,6 +189,76 @@ def test_threads_chunks_and_padding_change_nothing(name, dtype):
         pieces = [simulate(problem, policy, GRID, noise[a:b], dtype=dtype) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         assert np.array_equal(np.concatenate([p.terminal for p in pieces]), whole.terminal)
         assert np.array_equal(np.concatenate([p.log_weight for p in pieces]), whole.log_weight)
+
+
+def test_compiled_action_is_the_python_one():
+    """The same mean in the kernels and in NumPy: trajectories, Jacobians by complex step, and the estimators on them."""
+    problem, noise = problem_of(data=MIXTURE), Noise(7, 700)
+    fast, plain = compiled(problem), arbitrary(problem)
+    for make in (lambda p: simulate(problem, p, GRID, noise, trajectory=True).states,
+                 lambda p: ScoreFunction()(problem, p, GRID, noise).samples, lambda p: Pathwise()(problem, p, GRID, noise).samples):
+        assert close(make(fast), make(plain), 1e-11)
+
+
+@pytest.mark.parametrize(("action", "message"), [
+    (njit(lambda t, x, theta: x + "no"), "action: expected code that Numba compiles for float64, .*got"),
+    (njit(lambda t, x, theta: x[:1]), r"action: expected .*shape \(256, 2\), got"),
+    (njit(lambda t, x, theta: np.sum(x)), "action: expected"),
+])
+def test_compiled_actions_are_refused(action, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(problem_of(), CallablePolicy(action, [0.0, 0.0], dim=2), GRID, Noise(0, 10))
+
+
+@njit
+def only_real(t, x, theta):
+    out = np.empty_like(x)
+    out[:] = theta[0] * x
+    return out
+
+
+def test_compiled_action_for_floats_alone_needs_its_jacobian():
+    setup = problem_of(), CallablePolicy(only_real, [-0.9], dim=2), GRID
+    with pytest.raises(ValueError, match="action: expected code that accepts complex numbers"):
+        ScoreFunction()(*setup, Noise(0, 10))
+    given = CallablePolicy(only_real, [-0.9], jacobian_theta=lambda t, x, theta: x[:, :, None], dim=2)
+    assert ScoreFunction()(setup[0], given, GRID, Noise(0, 10)).samples.shape == (10, 1)
+
+
+USERS = """
+import numpy as np
+from ctrl.estimators import Pathwise, ScoreFunction
+from numba import njit
+import ctrl
+from ctrl.kernels.chain import run
+
+@njit(cache=True)
+def action(t, x, theta):
+    return theta[0] * x
+
+@njit(cache=True)
+def reward(x):
+    return -np.sum(x**2, axis=1)
+
+if __name__ == "__main__":
+    problem = ctrl.Problem(ctrl.VP(0.1, 6.0), ctrl.Gaussian([0.5], [[0.3]]), ctrl.CallableReward(reward), kl_weight=0.5)
+    policy = ctrl.CallablePolicy(action, [-0.8], dim=1)
+    paths = ctrl.simulate(problem, policy, problem.grid(8), ctrl.Noise(1, 300))
+    hits = [sum(f.stats.cache_hits.values()) for f in (run, action, reward)]
+    misses = [sum(f.stats.cache_misses.values()) for f in (run, action, reward)]
+    print(*hits, *misses, paths.objective.mean())
+"""
+
+
+def test_own_action_comes_from_the_cache(tmp_path):
+    """A user's compiled action and reward: the second process compiles nothing, neither theirs nor the kernel that calls them."""
+    (tmp_path / "users.py").write_text(USERS)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_NUM_THREADS": "1"}
+    lines = [subprocess.run([sys.executable, "users.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.split()
+             for _ in range(2)]
+    (cold, cold_missed), (warm, warm_missed) = ((line[:3], line[3:6]) for line in lines)
+    assert cold == warm_missed == ["0"] * 3 and warm == cold_missed and "0" not in warm
+    assert lines[0][6] == lines[1][6]
 
 
 def test_quadrature_noise_gives_the_exact_objective():

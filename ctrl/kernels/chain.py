@@ -62,6 +62,16 @@ class Cost(NamedTuple):
     discount: Array
 
 
+class Own(NamedTuple):
+    """A user's compiled action(t, x (n, d), theta) -> (n, d): drives x and charges u like a score; times, drive, charge (N,)."""
+
+    action: Any
+    theta: Array
+    times: Array
+    drive: Array
+    charge: Array
+
+
 class Scores(NamedTuple):
     """S mixtures a step: means (S, N, M, d), precisions (S, N, M, d, d), constants (S, N, M), drive and charge (S, N)."""
 
@@ -73,15 +83,15 @@ class Scores(NamedTuple):
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
-def run(begin, end, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples):
+def run(begin, end, x, words, given, motion, exploration, cost, scores, own, wanted, sums, states, samples):
     """Paths begin ... end - 1: x (n, d) holds the start and receives the end; sums (n, 3): square, cross, discounted.
 
-    given, exploration, cost, scores, states (n, N + 1, d) and samples (2, n, p) may be empty; `words` is used when `given` is.
+    given, exploration, cost, scores, states (n, N + 1, d) and samples (2, n, p) may be empty, own None; `words` is used when `given` is.
     With samples (of what is `wanted`), sums[:, 2] is what is spent.
     """
     room = scratch(x, scores.means.shape[2], scores.drive.shape[0], samples.shape[2])
     for block in range(begin, end, LANES):
-        run_block(block, min(LANES, end - block), x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples, room)
+        run_block(block, min(LANES, end - block), x, words, given, motion, exploration, cost, scores, own, wanted, sums, states, samples, room)
 
 
 class Room(NamedTuple):
@@ -102,6 +112,8 @@ class Room(NamedTuple):
     weight: Array
     score_sum: Array
     other_sum: Array
+    mine: Array
+    real: Array
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -111,11 +123,11 @@ def scratch(x, count, mixtures, parameters):
         np.zeros(size, kind), np.zeros(size, kind), np.zeros(size, kind), np.zeros(3 * LANES, kind), np.zeros(4 * size, kind),
         np.zeros(4 * size, kind), np.empty(4 * LANES, np.uint32), np.empty(mixtures * size, kind), np.empty(size, kind),
         np.empty(size, kind), np.empty(LANES, kind), np.empty((count + 1) * LANES, kind), np.zeros(LANES, kind),
-        np.zeros(parameters * LANES, kind), np.zeros(parameters * LANES, kind))
+        np.zeros(parameters * LANES, kind), np.zeros(parameters * LANES, kind), np.empty(size, kind), np.empty(size))
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def run_block(begin, width, x, words, given, motion, exploration, cost, scores, wanted, sums, states, samples, room):
+def run_block(begin, width, x, words, given, motion, exploration, cost, scores, own, wanted, sums, states, samples, room):
     """Up to LANES paths from `begin` on; what pads a narrow block is computed and dropped."""
     A, slope, c, s = motion
     E, F = exploration
@@ -125,8 +137,8 @@ def run_block(begin, width, x, words, given, motion, exploration, cost, scores, 
     dim, steps, size, half = x.shape[1], s.shape[0], x.shape[1] * LANES, x.dtype.type(0.5)
     one, mixtures, parameters = half + half, drive.shape[0], samples.shape[2]
     costs, explores, draws, keeps, collects = u0.shape[0] > 0, E.shape[0] > 0, given.xi.shape[0] == 0, states.shape[0] > 0, parameters > 0
-    glides = not (costs or explores or keeps or collects or mixtures > 0 or A.shape[0] > 0)
-    state, before, u, total, xi, z, word, score, gap, new, top, level, weight, score_sum, other_sum = room
+    glides = own is None and not (costs or explores or keeps or collects or mixtures > 0 or A.shape[0] > 0)
+    state, before, u, total, xi, z, word, score, gap, new, top, level, weight, score_sum, other_sum, mine, real = room
     for start in (state, total, score_sum, other_sum):
         start[:] = 0
     first = np.uint64(words.first + np.uint64(begin))
@@ -150,10 +162,14 @@ def run_block(begin, width, x, words, given, motion, exploration, cost, scores, 
             continue
         for j in range(mixtures):
             score_rows(state, dim, j, i, means, precisions, constants, half, gap, new, level, top, score, row(j * dim))
+        if own is not None:
+            act(own.action, own.times[i], own.theta, state, dim, real, mine)
         if costs:
             steer(U, u0, F, i, dim, state, z, now, u)
             for j in range(mixtures):
                 push(charge[j, i], score, j, dim, u)
+            if own is not None:
+                push(own.charge[i], mine, 0, dim, u)
             charge_step(u, dim, xi, now, total)
             if discount.shape[0] > 0 and not collects:
                 add_scaled_squares(discount[i], u, dim, total, row(2))
@@ -170,6 +186,8 @@ def run_block(begin, width, x, words, given, motion, exploration, cost, scores, 
         move(A, slope, c, s, E, i, dim, state, new, xi, z, now)
         for j in range(mixtures):
             push(drive[j, i], score, j, dim, state)
+        if own is not None:
+            push(own.drive[i], mine, 0, dim, state)
         if collects:
             if use == DIFFERENCE:
                 add_value(one, S, w, z0, i + 1, half, state, dim, weight)
@@ -249,6 +267,17 @@ def explore(factor, i, dim, z, now, out):
         for b in range(a + 1):
             if factor[i, a, b] != 0:
                 axpy(factor[i, a, b], z, now + row(b), out, row(a))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def act(action, t, theta, state, dim, real, out):
+    """Rows of the user's action at all lanes, in float64; one call of a first-class function a block."""
+    for k in range(dim * LANES):
+        real[k] = state[k]
+    a = action(t, real.reshape(dim, LANES).T, theta)
+    for j in range(dim):
+        for lane in range(LANES):
+            out[j * LANES + lane] = a[lane, j]
 
 
 @njit(error_model="numpy", fastmath=FAST)
