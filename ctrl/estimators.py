@@ -48,7 +48,7 @@ class ValueFunction(Protocol):
     def gradient(self, i: int, x: Array) -> Array: ...
 
 
-def quadratic(value: Any) -> tuple[Array, Array, Array] | None:
+def _quadratic(value: Any) -> tuple[Array, Array, Array] | None:
     """S, w, z of a value that is known to be -1/2 x'S_i x + w_i'x + z_i (the exact one of an affine-Gaussian chain), else None."""
     return getattr(value, "quadratic", None)
 
@@ -323,7 +323,7 @@ class ScoreFunction(Estimator):
         # A subclass may have cotangents of its own, which the kernels would not see.
         if type(self) not in (ScoreFunction, RewardToGo) or isinstance(self.baseline, LeaveOneOut):
             return None
-        value = quadratic(self.baseline) if callable(self.baseline) else None
+        value = _quadratic(self.baseline) if callable(self.baseline) else None
         if callable(self.baseline) and value is None:
             return None
         return OnePass(self.sampled_kl, self.to_go, NO_VALUE if value is None else BASELINE, value)
@@ -408,7 +408,7 @@ class TemporalDifference(Estimator):
         return np.diff(v, axis=1)[:, :, None] * run.score_noise + run.kl_term
 
     def one_pass(self) -> OnePass | None:
-        value = quadratic(self.value) if type(self) is TemporalDifference else None
+        value = _quadratic(self.value) if type(self) is TemporalDifference else None
         return None if value is None else OnePass(use=DIFFERENCE, value=value)
 
     def of_sums(self, G: Array, S: Array, P: Array) -> Array:

@@ -113,7 +113,7 @@ class _Chain:
         self.problem, self.policy, self.grid, self.dtype, self.threads = problem, policy, grid, dtype, threads
         self.factor = policy.exploration_factor(grid)
         parts, pre = policy.parts(grid), problem.pretrained(grid).parts(grid)
-        self.own = _own(problem, policy, grid)
+        self.own = _own(problem, policy, grid, dtype)
         if self.own is not None:
             parts = Parts(np.zeros((grid.steps, problem.dim, problem.dim)), np.zeros((grid.steps, problem.dim)), None)
         self.coefficients = None if parts is None else _normal_form(problem, grid, parts, pre, self.factor, dtype)
@@ -257,15 +257,15 @@ def _normal_form(problem: Problem, grid: TimeGrid, parts: Parts, pre: Parts, fac
             _scores(mixtures, d, grid.steps, dtype))
 
 
-def _own(problem: Problem, policy: Policy, grid: TimeGrid) -> Own | None:
+def _own(problem: Problem, policy: Policy, grid: TimeGrid, dtype: Any) -> Own | None:
     """The kernels' view of a CallablePolicy whose action is an @njit function; None for anything else."""
-    action = getattr(policy, "action", None)
+    action: Any = getattr(policy, "action", None)
     if not is_jitted(action):
         return None
     c, x, theta = problem.coefficients(grid), np.zeros((problem.dim, LANES)).T, policy.theta.copy()  # compiled for arrays that are writable
     compiled = first_class("action", action, (types.float64, types.Array(types.float64, 2, "F"), types.float64[::1]))
     check.returned("action", action(float(grid.times[0]), x, theta), x.shape)
-    return Own(compiled, theta, grid.times[:-1].copy(), c.dt * c.h, np.sqrt(2 * c.kappa * c.dt))
+    return Own(compiled, theta, grid.times[:-1].copy(), *_cast(dtype, c.dt * c.h, np.sqrt(2 * c.kappa * c.dt)))
 
 
 def _scores(mixtures: list[tuple[tuple[Law, ...], Array, Array]], d: int, steps: int, dtype: Any) -> Scores:
@@ -329,11 +329,11 @@ def _wanted(problem: Problem, grid: TimeGrid, terms: policies.Terms, form: OnePa
     c, d = problem.coefficients(grid), problem.dim
     price = problem.kl_weight * c.discount
     pull = (0.0 if form.sampled_kl else -1.0) * price * np.sqrt(2 * c.kappa * c.dt)
-    numbers = _cast(dtype, c.h * c.dt / c.noise, pull, price)
+    gain, pull, price = _cast(dtype, c.h * c.dt / c.noise, pull, price)
     discounts, value = np.append(c.discount, c.final_discount), form.value or (np.empty((0, d, d)), np.empty((0, d)), np.empty(0))
     S, w, z = _cast(dtype, *(v * discounts[: len(v)].reshape(-1, *(1,) * (v.ndim - 1)) for v in value))
     indices = (np.ascontiguousarray(a, dtype=np.int64) for a in terms[:4])
-    return Collect(Terms(*indices, *_cast(dtype, terms.factor)), *numbers, int(form.sampled_kl), int(form.to_go), form.use, S, w, z)
+    return Collect(Terms(*indices, *_cast(dtype, terms.factor)), gain, pull, price, int(form.sampled_kl), int(form.to_go), form.use, S, w, z)
 
 
 def _nothing(d: int, dtype: Any) -> Collect:
