@@ -69,10 +69,13 @@ def assembled(letters: Sequence[sp.Symbol], table: Terms) -> sp.Expr:
                     for powers, coefficient in table.items()))
 
 
-def eliminated(letters: Sequence[sp.Symbol], table: Terms, letter: sp.Symbol, meaning: sp.Expr) -> sp.Expr:
+def eliminated(expression: sp.Expr, letter: sp.Symbol, meaning: sp.Expr) -> sp.Expr:
     """The meaning of a letter put in, after multiplication with the power of the letter that clears it from denominators."""
+    letters, table = terms(expression)
     j = letters.index(letter)
-    lowest = min(0, *(powers[j] for powers in table))
+    lowest = min((powers[j] for powers in table), default=0)
+    if lowest >= 0:
+        return expression.xreplace({letter: meaning}) if table else sp.S.Zero
     parts: dict[int, Terms] = defaultdict(dict)
     for powers, coefficient in table.items():
         parts[powers[j] - lowest][(*powers[:j], 0, *powers[j + 1 :])] = coefficient
@@ -104,8 +107,8 @@ def expectation(expression: sp.Expr, laws: Mapping[sp.Symbol, Law]) -> sp.Expr:
     parts: dict[tuple[int, ...], Terms] = defaultdict(dict)
     for powers, coefficient in table.items():
         parts[tuple(powers[j] for j in random)][tuple(0 if j in random else e for j, e in enumerate(powers))] = coefficient
-    return sp.Add(*(assembled(letters, rest) * sp.Mul(*(laws[letters[j]].moment(e) for j, e in zip(random, orders, strict=True)))
-                    for orders, rest in parts.items()))
+    moments = {orders: sp.Mul(*(laws[letters[j]].moment(e) for j, e in zip(random, orders, strict=True))) for orders in parts}
+    return sp.Add(*(weight * assembled(letters, parts[orders]) for orders, weight in moments.items() if weight != 0))
 
 
 # ------------------------------------------------------------------------------------------------------ the chain
@@ -120,6 +123,10 @@ class Quadratic(NamedTuple):
 
     def __call__(self, at: sp.Expr) -> sp.Expr:
         return -self.S * at**2 / 2 + self.w * at + self.z
+
+    def mean(self, law: Law) -> sp.Expr:
+        """E of it."""
+        return self(law.mean) - self.S * law.variance / 2
 
 
 @dataclass(frozen=True)
@@ -206,8 +213,9 @@ class Step:
             self.d * (later.z + self.c * (later.w + pull) / 2 - later.S * self.R / 2) - charge * (dk**2 + self.Sigma) / 2)
 
     def action_value(self, later: Quadratic, at: sp.Expr, action: sp.Expr) -> sp.Expr:
-        """d E later(X_{i+1}) - lambda cost."""
-        return self.d * expectation(later(self.move(at, action)), {self.B: Law(sp.S.Zero, self.D)}) - lam * self.cost(at, action)
+        """d E later(X_{i+1}) - lambda cost; E p(B) = p(0) + D p''(0)/2 of a quadratic."""
+        ahead = later(self.move(at, action))
+        return self.d * (ahead.xreplace({self.B: sp.S.Zero}) + self.D * sp.diff(ahead, self.B, 2) / 2) - lam * self.cost(at, action)
 
     def best(self, later: Quadratic) -> Step:
         """This step with the action that is best before the value `later`: M a* = 2 lambda kappa s + d h (w - S (1 - D f) x)."""
@@ -226,8 +234,8 @@ class ScalarChain:
 
         J = E[ e^{-rho t_N} r(X_N) ] - lambda E sum e^{-rho t_i} kappa_i D_i |a_i - s_i|^2,     s_i = K^pre_i X_i + k^pre_i
 
-    steps : N; 1, 2 and 3 take milliseconds, tenths of a second and seconds      exploration : actions sampled from N(mu, Sigma_i)
-    Every attribute is a sympy expression.
+    steps : N >= 1; monomials grow about tenfold a step      exploration : actions sampled from N(mu, Sigma_i)
+    Attributes are sympy expressions in the letters of `step[i]`; E is `mean`.
     Source: theory.md, section 1.   Checked: tests/test_symbolic.py::test_numbers_are_the_exact_solvers
     """
 
@@ -297,8 +305,7 @@ class ScalarChain:
 
     @cached_property
     def expected_reward(self) -> sp.Expr:
-        m, P = self.moments[-1]
-        return -Q * (m**2 + P) / 2 + b * m + r0
+        return self.reward.mean(self.moments[-1])
 
     @cached_property
     def path_kl(self) -> sp.Expr:
@@ -392,11 +399,8 @@ class Identity:
         """left - right as a sum of monomials; letters get their meaning one by one until nothing is left, denominators M are cleared."""
         out = sp.sympify(self.left - self.right)
         for letter, meaning in self.chain.meanings.items():
-            letters, table = terms(out)
-            if not table:
-                break
-            if letter in letters:
-                out = eliminated(letters, table, letter, meaning)
+            if out.has(letter):
+                out = eliminated(out, letter, meaning)
         return assembled(*terms(out))
 
     @property
@@ -649,41 +653,38 @@ def policy_gradient(chain: ScalarChain) -> Page:
 
 
 def optimum(chain: ScalarChain) -> Page:
-    """Section 9 (i): the LQ recursion, by completing the square, by differentiation, and by the gradient of the whole chain."""
-    page: Page = []
+    """Section 9 (i): the LQ recursion, by completing the square, by differentiation, and by the gradient of the whole chain.
+
+    The last step, where V*_N is any quadratic, is the induction step for all the others; the whole gradient is expanded for N <= 2
+    only (monomials grow too fast).
+    """
+    u, star, later, V = chain.step[-1], chain.best_steps[-1], chain.best_values[-1], chain.best_values[-2]
+    Q_last, best, slope = u.action_value(later, x, a), star.mean(x), sp.diff(later(x), x)
+    ahead = u.d * chain.mean(slope.xreplace({x: u.move(x, best)}))
+    small = u.score(x) + u.h * slope / (2 * lam * u.kappa)
+    limit = vanishing_step(best.xreplace({u.M: u.curvature(later)}), u)
 
     def claim(statement: str, left: sp.Expr, right: sp.Expr = sp.S.Zero) -> Identity:
         return Identity(chain, 9, statement, left, right)
 
-    for i, (u, star, V, later) in enumerate(zip(chain.step, chain.best_steps, chain.best_values, chain.best_values[1:], strict=False)):
-        Q_i, best = u.action_value(later, x, a), star.mean(x)
-        numerator, denominator = sp.fraction(sp.together(sp.solve(sp.diff(Q_i, a), a)[0]))
-        slope = expectation(sp.diff(later(x), x).xreplace({x: u.move(x, best)}), chain.laws)
-        page += [
-            claim(f"completing the square: Q*_{i}(x, a) = V*_{i}(x) - D M (a - a*)^2/2", Q_i, V(x) - u.D * u.M * (a - best) ** 2 / 2),
-            claim(f"a*_{i} of the recursion = the root of dQ*_{i}/da", best * denominator, numerator),
-            claim(f"2 lambda kappa (a*_{i} - s) = h E[V*_{i + 1}'(X_{i + 1}) | x]", 2 * lam * u.kappa * (best - u.score(x)), u.d * u.h * slope)]
-    u, later = chain.step[-1], chain.reward
-    best, slope = chain.best_steps[-1].mean(x), sp.diff(later(x), x)
-    small = u.score(x) + u.h * slope / (2 * lam * u.kappa)
-    limit = vanishing_step(best.xreplace({u.M: u.curvature(later)}), u)
+    whole = [claim("dJ = 0 at K*, k*, in every direction", chain.optimally(chain.derivative(chain.objective)))] if chain.steps <= 2 else []
     return [
-        *page,
-        claim("dJ = 0 at K*, k*, in every direction", chain.optimally(chain.derivative(chain.objective))),
-        claim("J at K*, k* = E V*_0(X_0)", chain.optimally(chain.objective), chain.mean(chain.best_values[0](chain.states[0]))),
+        claim("completing the square: Q*_i(x, a) = V*_i(x) - D M (a - a*)^2/2", Q_last, V(x) - u.D * u.M * (a - best) ** 2 / 2),
+        claim("dQ*_i/da = 0 at a* = [ 2 lambda kappa s + h (w - S (1 - D f) x) ]/M", sp.diff(Q_last, a).xreplace({a: best})),
+        claim("2 lambda kappa (a* - s) = h E[ V*_{i+1}'(X_{i+1}) | x ]", 2 * lam * u.kappa * (best - u.score(x)), u.h * ahead),
+        *whole,
         claim("lim a* = s + h/(2 lambda kappa) V' as D -> 0", limit, small),
         Planted(claim("the continuous optimum on the chain", small, best), "D = 0", {u.D: sp.S.Zero, u.d: sp.S.One}),
         Planted(claim("a* = s + V'/lambda as D -> 0", limit, u.score(x) + slope / lam), "eta = 1", {eta: sp.S.One}),
         Planted(claim("lambda for 1/lambda", limit, u.score(x) + lam * u.h * slope / (2 * u.kappa)), "lambda = 1", {lam: sp.S.One})]
 
 
-def pages(steps: int) -> dict[str, Page]:
-    """All sections for the chain of so many steps."""
-    chain = ScalarChain(steps)
-    return {
-        "4  path KL: Girsanov on the chain": path_kl(chain), "5  value: the martingale and its PDE": value(chain),
-        "6  advantage: the rate q (sampled actions)": advantage(replace(chain, exploration=True)),
-        "7  policy gradient: one gradient, many estimators": policy_gradient(chain), "9  optimum: the linear-quadratic recursion": optimum(chain)}
+SECTIONS: dict[str, Callable[[ScalarChain], Page]] = {
+    "4  path KL: Girsanov on the chain": path_kl,
+    "5  value: the martingale and its PDE": value,
+    "6  advantage: the rate q, of sampled actions": lambda chain: advantage(replace(chain, exploration=True)),
+    "7  policy gradient: one gradient, many estimators": policy_gradient,
+    "9  optimum: the linear-quadratic recursion": optimum}
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -730,18 +731,18 @@ class Options:
     """The identities of the scalar chain, derived."""
 
     steps: int = 2
-    """Steps of the chain: 1 and 2 take seconds, 3 takes minutes."""
+    """Steps of the chain: 1 takes two seconds, 2 twenty, 3 two minutes."""
 
 
 def main(options: Options) -> int:
     """Print the page; 1 if anything on it fails."""
     print(f"Identities of the scalar Gaussian chain of {options.steps} steps, derived with symbols (sections of theory.md)")
     held = True
-    for title, page in pages(options.steps).items():
+    for title, section in SECTIONS.items():
         print(f"\n{title}")
-        for row in page:
+        for row in section(ScalarChain(options.steps)):
             held = held and row.holds
-            print(f"  {row}")
+            print(f"  {row}", flush=True)
     print("\nAll hold." if held else "\nSomething FAILS.")
     return 0 if held else 1
 
