@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -238,6 +239,15 @@ class Basis(ABC):
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         """Cotangents K (..., d, d), k (..., d) -> (..., p)."""
 
+    def on(self, grid: TimeGrid, theta: Array) -> tuple[Array, Array]:
+        """`apply` at every step of a grid: (p,) -> K (N, d, d), k (N, d)."""
+        K, k = zip(*(self.apply(float(t), theta) for t in grid.times[:-1]), strict=True)
+        return np.stack(K), np.stack(k)
+
+    def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
+        """Its adjoint, summed over steps: cotangents K (N, d, d), k (N, d) -> (p,)."""
+        return np.sum([self.adjoint(float(t), Ki, ki) for t, Ki, ki in zip(grid.times[:-1], K, k, strict=True)], axis=0)
+
     def origin(self, theta: Array) -> Array:
         """The parameters at which nothing is added, (p,)."""
         return np.zeros_like(theta)
@@ -251,7 +261,8 @@ class FunctionBasis(Basis):
     count: int
     dim: int
 
-    def _phi(self, t: float) -> Array:
+    def time_functions(self, t: float) -> Array:
+        """phi(t), (b,)."""
         phi = np.asarray(self.functions(t), dtype=np.float64)
         if phi.shape != (self.count,) or not np.all(np.isfinite(phi)):
             raise ValueError(f"functions: expected to return {self.count} finite numbers (one per W), got shape {phi.shape} "
@@ -259,15 +270,29 @@ class FunctionBasis(Basis):
         return phi
 
     def apply(self, t: float, theta: Array) -> tuple[Array, Array]:
-        b, d, phi = self.count, self.dim, self._phi(t)
+        b, d, phi = self.count, self.dim, self.time_functions(t)
         W, w = theta[: b * d * d].reshape(b, d, d), theta[b * d * d :].reshape(b, d)
         return np.einsum("b,bij->ij", phi, W), phi @ w
 
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
-        phi = self._phi(t)
+        phi = self.time_functions(t)
         matrix = phi[:, None, None] * K[..., None, :, :]
         vector = phi[:, None] * k[..., None, :]
         return np.concatenate([matrix.reshape(*k.shape[:-1], -1), vector.reshape(*k.shape[:-1], -1)], axis=-1)
+
+    def on(self, grid: TimeGrid, theta: Array) -> tuple[Array, Array]:
+        b, d, phi = self.count, self.dim, _time_table(self, grid)
+        return (phi @ theta[: b * d * d].reshape(b, d * d)).reshape(-1, d, d), phi @ theta[b * d * d :].reshape(b, d)
+
+    def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
+        phi = _time_table(self, grid)
+        return np.concatenate([(phi.T @ K.reshape(len(K), -1)).ravel(), (phi.T @ k).ravel()])
+
+
+@lru_cache(maxsize=64)
+def _time_table(basis: FunctionBasis, grid: TimeGrid) -> Array:
+    """phi_b(t_i), (N, b); cached by identity, so that one grid asks the functions once for all theta."""
+    return np.stack([basis.time_functions(float(t)) for t in grid.times[:-1]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,6 +306,12 @@ class ShiftBasis(Basis):
 
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         return k
+
+    def on(self, grid: TimeGrid, theta: Array) -> tuple[Array, Array]:
+        return np.zeros((grid.steps, self.dim, self.dim)), np.tile(theta, (grid.steps, 1))
+
+    def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
+        return k.sum(axis=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,6 +329,17 @@ class ScaleBasis(Basis):
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         along = np.einsum("ij,...ij->...", self.problem.affine_score(t)[0], K)
         return np.concatenate([along[..., None], k], axis=-1)
+
+    def on(self, grid: TimeGrid, theta: Array) -> tuple[Array, Array]:
+        return (theta[0] - 1.0) * self._pretrained(grid), np.tile(theta[1:], (grid.steps, 1))
+
+    def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
+        return np.append(np.vdot(self._pretrained(grid), K), k.sum(axis=0))
+
+    def _pretrained(self, grid: TimeGrid) -> Array:
+        """K_pre of every step, (N, d, d)."""
+        pre = self.problem.pretrained(grid).parts(grid)
+        return pre.K
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,8 +422,7 @@ class BasisPolicy(Policy):
         out += self.basis.adjoint(float(grid.times[i]), u[:, :, None] * x[:, None, :], u)
 
     def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
-        steps = zip(grid.times[:-1], K, k, strict=True)
-        return sum((self.basis.adjoint(float(t), Ki, ki) for t, Ki, ki in steps), np.zeros(self.theta.size))
+        return self.basis.pullback(grid, K, k)
 
     def terms(self, grid: TimeGrid) -> Terms:
         d = self.dim
@@ -394,9 +435,14 @@ class BasisPolicy(Policy):
                      np.where(linear, entry % d, -1), table[step, entry, parameter])
 
     def parts(self, grid: TimeGrid) -> Parts:
-        pre = self.problem.pretrained(grid).parts(grid)
-        W, w = zip(*(self.basis.apply(float(t), self.theta) for t in grid.times[:-1]), strict=True)
-        return Parts(pre.K + np.stack(W), pre.k + np.stack(w), pre.laws)
+        return _basis_parts(self, grid)
+
+
+@lru_cache(maxsize=16)
+def _basis_parts(policy: BasisPolicy, grid: TimeGrid) -> Parts:
+    """Of the score and the basis together; cached by identity, since every solver asks several times."""
+    pre, (W, w) = policy.problem.pretrained(grid).parts(grid), policy.basis.on(grid, policy.theta)
+    return Parts(pre.K + W, pre.k + w, pre.laws)
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,7 +145,7 @@ class Problem:
     def _lowest_slope(self, policy: Policy, grid: TimeGrid, *, bound: bool) -> Array:
         """The smallest real part of an eigenvalue of d mu/dx at every step, (N,), or a cheap lower bound (row sums)."""
         parts = policy.parts(grid) or self.pretrained(grid).parts(grid)
-        lowest = -np.abs(parts.K).sum(axis=2).max(axis=1) if bound else np.linalg.eigvals(parts.K).real.min(axis=1)
+        lowest = -(np.abs(parts.K) @ np.ones(self.dim)).max(axis=1) if bound else np.linalg.eigvals(parts.K).real.min(axis=1)
         if parts.laws is not None:
             lowest = lowest - np.array([1 / np.linalg.eigvalsh(law.covs).min() for law in parts.laws])  # type: ignore[union-attr]
         return lowest
@@ -165,5 +165,7 @@ def _pretrained(schedule: Schedule, data: Law, grid: TimeGrid) -> AffinePolicy |
     if isinstance(data, GaussianMixture):
         return MixturePolicy(schedule, data)
     alpha, v = (np.array(c) for c in zip(*((schedule.alpha(tau), schedule.v(tau)) for tau in map(schedule.tau, grid.times[:-1])), strict=True))
-    precision = np.linalg.inv(alpha[:, None, None] ** 2 * data.cov + v[:, None, None] * np.eye(data.dim))
-    return AffinePolicy(K=-precision, k=np.einsum("k,kij,j->ki", alpha, precision, data.mean))
+    variance, axes = np.linalg.eigh(data.cov)
+    precision = (axes / (alpha[:, None] ** 2 * variance + v[:, None])[:, None, :]) @ axes.T
+    precision = 0.5 * (precision + precision.swapaxes(1, 2))
+    return AffinePolicy(K=-precision, k=alpha[:, None] * (precision @ data.mean))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numba import njit
 
 from ctrl import check
 from ctrl.check import Array
@@ -29,6 +30,44 @@ def applies(problem: Problem, policy: Policy, grid: TimeGrid) -> bool:
     parts = policy.parts(grid)
     affine = parts is not None and parts.laws is None
     return isinstance(problem.data, Gaussian) and affine and problem.reward.quadratic(problem.dim) is not None
+
+
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _add_product(a: Array, b: Array, out: Array) -> None:
+    """out += a b, four rows of b at a time; for few coordinates a call of BLAS costs more than the product."""
+    whole = a.shape[1] - a.shape[1] % 4
+    for i in range(a.shape[0]):
+        for j in range(0, whole, 4):
+            a0, a1, a2, a3 = a[i, j], a[i, j + 1], a[i, j + 2], a[i, j + 3]
+            for k in range(b.shape[1]):
+                out[i, k] += a0 * b[j, k] + a1 * b[j + 1, k] + a2 * b[j + 2, k] + a3 * b[j + 3, k]
+        for j in range(whole, a.shape[1]):
+            for k in range(b.shape[1]):
+                out[i, k] += a[i, j] * b[j, k]
+
+
+@njit(cache=True, error_model="numpy")
+def _forward(A: Array, A_t: Array, m: Array, P: Array) -> None:
+    """m_{i+1} += m_i A_i' (rows, (N + 1, 1, d)) and P_{i+1} += A_i P_i A_i', in place, from what X_0 and the steps bring."""
+    AP = np.empty(A.shape[1:])
+    for i in range(A.shape[0]):
+        _add_product(m[i], A_t[i], m[i + 1])
+        AP[:] = 0.0
+        _add_product(A[i], P[i], AP)
+        _add_product(AP, A_t[i], P[i + 1])
+
+
+@njit(cache=True, error_model="numpy")
+def _backward(B: Array, A_t: Array, b: Array, S: Array, w: Array) -> None:
+    """S_i += A_i'S_{i+1} B_i and w_i += (w_{i+1} + b_i S_{i+1}) B_i (rows, (N + 1, 1, d)), in place; B = e^{-rho D} A and b = -c."""
+    SB, pull = np.empty(B.shape[1:]), np.empty(w.shape[1:])
+    for i in range(B.shape[0] - 1, -1, -1):
+        SB[:] = 0.0
+        _add_product(S[i + 1], B[i], SB)
+        _add_product(A_t[i], SB, S[i])
+        pull[:] = w[i + 1]
+        _add_product(b[i], S[i + 1], pull)
+        _add_product(pull, B[i], w[i])
 
 
 def entropy(cov: Array) -> Array:
@@ -55,15 +94,14 @@ class LinearChain:
         co, parts = self.problem.coefficients(self.grid), self.policy.parts(self.grid)
         assert parts is not None
         gain = co.dt * co.h
-        A = (1 - co.dt * co.f)[:, None, None] * np.eye(self.problem.dim) + gain[:, None, None] * parts.K
-        return A, gain[:, None] * parts.k
+        return _plus_diagonal(gain[:, None, None] * parts.K, 1 - co.dt * co.f), gain[:, None] * parts.k
 
     @cached_property
     def step_cov(self) -> Array:
         """R_i, (N, d, d)."""
         co, cov = self.problem.coefficients(self.grid), self.policy.exploration_cov(self.grid)
-        R = (co.noise**2)[:, None, None] * np.eye(self.problem.dim)
-        return R if cov is None else R + ((co.h * co.dt) ** 2)[:, None, None] * cov
+        sampled = np.zeros((self.grid.steps, self.problem.dim, self.problem.dim)) if cov is None else ((co.h * co.dt) ** 2)[:, None, None] * cov
+        return _plus_diagonal(sampled, co.noise**2)
 
     @cached_property
     def departure(self) -> tuple[Array, Array]:
@@ -73,14 +111,22 @@ class LinearChain:
         return parts.K - pre.K, parts.k - pre.k
 
     @cached_property
+    def running_cost(self) -> Array:
+        """lambda kappa D, (N,)."""
+        co = self.problem.coefficients(self.grid)
+        return self.problem.kl_weight * co.kappa * co.dt
+
+    @cached_property
+    def decay(self) -> Array:
+        """e^{-rho D}, (N,)."""
+        return np.exp(-self.problem.discount * self.grid.dt)
+
+    @cached_property
     def moments(self) -> tuple[Array, Array]:
         """Means (N + 1, d) and covariances (N + 1, d, d) of X_0 ... X_N."""
         (A, c), R, start = self.maps, self.step_cov, self.problem.start_law
-        m, P = np.empty((len(A) + 1, len(start.mean))), np.empty((len(A) + 1, *start.cov.shape))
-        m[0], P[0] = start.mean, start.cov
-        for i, Ai in enumerate(A):
-            m[i + 1] = Ai @ m[i] + c[i]
-            P[i + 1] = Ai @ P[i] @ Ai.T + R[i]
+        m, P = np.concatenate([start.mean[None], c]), np.concatenate([start.cov[None], R])
+        _forward(A, _transposed(A), m[:, None], P)
         return m, P
 
     @cached_property
@@ -100,40 +146,56 @@ class LinearChain:
     def mean_departure(self) -> Array:
         """E |mu_i - s_i|^2 under the chain, (N,)."""
         (dK, dk), (m, P) = self.departure, self.moments
-        return np.einsum("kij,kjl,kil->k", dK, P[:-1], dK) + np.sum((np.einsum("kij,kj->ki", dK, m[:-1]) + dk) ** 2, axis=1)
+        return np.einsum("kij,kij->k", dK @ P[:-1], dK) + np.sum((_times(dK, m[:-1]) + dk) ** 2, axis=1)
+
+    @cached_property
+    def value_slopes(self) -> tuple[Array, Array]:
+        """S (N + 1, d, d), w (N + 1, d) of the current-valued grad V_i(x) = w_i - S_i x."""
+        (A, c), (dK, dk), r = self.maps, self.departure, _reward(self.problem)
+        push, A_t, dK_t = 2 * self.running_cost, _transposed(A), _transposed(dK)
+        S = np.concatenate([push[:, None, None] * (dK_t @ dK), r.matrix[None]])
+        w = np.concatenate([-push[:, None] * _times(dK_t, dk), r.vector[None]])
+        _backward(self.decay[:, None, None] * A, A_t, -c[:, None], S, w[:, None])
+        return S, w
 
     @cached_property
     def values(self) -> tuple[Array, Array, Array]:
         """S (N + 1, d, d), w (N + 1, d), z (N + 1,) of the current-valued V_i(x) = -1/2 x'S x + w'x + z."""
-        co, (A, c), (dK, dk) = self.problem.coefficients(self.grid), self.maps, self.departure
-        cost = self.problem.kl_weight * co.kappa * co.dt
-        running = self.entropy_rate * co.dt - cost * (np.sum(dk**2, axis=1) + self.spread)
-        curvature = 2 * cost[:, None, None] * np.einsum("kji,kjl->kil", dK, dK)
-        slope = 2 * cost[:, None] * np.einsum("kji,kj->ki", dK, dk)
-        gamma = np.exp(-self.problem.discount * co.dt)
-        r = _reward(self.problem)
-        S, w, z = np.empty((len(A) + 1, *r.matrix.shape)), np.empty((len(A) + 1, len(r.vector))), np.empty(len(A) + 1)
-        S[-1], w[-1], z[-1] = r
-        for i in reversed(range(len(A))):
-            pull = w[i + 1] - S[i + 1] @ c[i]
-            S[i] = gamma[i] * (A[i].T @ S[i + 1] @ A[i]) + curvature[i]
-            w[i] = gamma[i] * (A[i].T @ pull) - slope[i]
-            lost = 0.5 * np.sum(S[i + 1] * self.step_cov[i])
-            z[i] = gamma[i] * (z[i + 1] + 0.5 * c[i] @ (w[i + 1] + pull) - lost) + running[i]
+        (S, w), (_, c), (_, dk) = self.value_slopes, self.maps, self.departure
+        lift = np.sum(c * (w[1:] - 0.5 * _times(S[1:], c)), axis=1) - 0.5 * np.einsum("kij,kij->k", S[1:], self.step_cov)
+        running = self.entropy_rate * self.grid.dt - self.running_cost * (np.sum(dk**2, axis=1) + self.spread)
+        z = np.append(self.decay * lift + running, _reward(self.problem).constant)
+        for i in reversed(range(self.grid.steps)):
+            z[i] += self.decay[i] * z[i + 1]
         return S, w, z
 
     def gradient(self) -> ExactGradient:
         r"""dJ/dK_i = E[ u_i X_i' ], dJ/dk_i = E u_i, with u_i = D_i ( h_i E grad V_{i+1}(X_{i+1}) - 2 lambda kappa_i (mu_i - s_i) ), discounted."""
-        co, (A, c), (dK, dk), (m, P), (S, w, _) = (
-            self.problem.coefficients(self.grid), self.maps, self.departure, self.moments, self.values)
-        gain = co.discount * co.dt * co.h * np.exp(-self.problem.discount * co.dt)
-        pull = 2 * self.problem.kl_weight * co.discount * co.kappa * co.dt
+        co, (A, c), (dK, dk), (m, P), (S, w) = (
+            self.problem.coefficients(self.grid), self.maps, self.departure, self.moments, self.value_slopes)
+        gain, pull = co.discount * co.dt * co.h * self.decay, 2 * co.discount * self.running_cost
         U = -gain[:, None, None] * (S[1:] @ A) - pull[:, None, None] * dK
-        u0 = gain[:, None] * (w[1:] - np.einsum("kij,kj->ki", S[1:], c)) - pull[:, None] * dk
-        mean_u = np.einsum("kij,kj->ki", U, m[:-1]) + u0
+        u0 = gain[:, None] * (w[1:] - _times(S[1:], c)) - pull[:, None] * dk
+        mean_u = _times(U, m[:-1]) + u0
         dJdK = U @ P[:-1] + mean_u[:, :, None] * m[:-1, None, :]
         affine = isinstance(self.policy, AffinePolicy)
         return ExactGradient(self.policy.pullback(self.grid, dJdK, mean_u), dJdK if affine else None, mean_u if affine else None)
+
+
+def _transposed(matrices: Array) -> Array:
+    """(N, d, d) with every matrix transposed, contiguous."""
+    return np.ascontiguousarray(matrices.swapaxes(1, 2))
+
+
+def _plus_diagonal(matrices: Array, added: Array) -> Array:
+    """(N, d, d) with added_i I added to every matrix, in place."""
+    np.einsum("kii->ki", matrices)[:] += added[:, None]
+    return matrices
+
+
+def _times(matrices: Array, vectors: Array) -> Array:
+    """(N, d, d), (N, d) -> (N, d)."""
+    return np.einsum("kij,kj->ki", matrices, vectors)
 
 
 def _reward(problem: Problem) -> Quadratic:
