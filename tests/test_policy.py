@@ -17,7 +17,7 @@ from ctrl import (
     Problem,
     TimeGrid,
 )
-from ctrl.policy import Monomials, TimeBins
+from ctrl.policy import Basis, Monomials, TimeBins
 
 STEP = 1e-30
 GRID = TimeGrid([0.0, 0.1, 0.4, 0.45, 0.9])
@@ -155,6 +155,34 @@ def test_pullback_is_the_adjoint_of_parts(kind):
     assert policy.pullback(GRID, U.transpose(0, 2, 1), u) @ e != pytest.approx(forward, rel=1e-6) or kind in (3, 4)   # planted
     with pytest.raises(ValueError, match="policy: expected"):
         policies(2)[5].pullback(GRID, U, u)
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_a_basis_on_a_grid_is_the_basis_at_every_step(kind):
+    """The stacked forms against the loops of their base class, which ask one time after another."""
+    policy, rng = policies(2)[kind], np.random.default_rng(5)
+    basis, K, k = policy.basis, rng.normal(size=(4, 2, 2)), rng.normal(size=(4, 2))
+    for found, expected in zip(basis.on(GRID, policy.theta), Basis.on(basis, GRID, policy.theta), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-14)
+    np.testing.assert_allclose(basis.pullback(GRID, K, k), Basis.pullback(basis, GRID, K, k), rtol=1e-13)
+    assert np.max(np.abs(basis.pullback(GRID, K[::-1], k[::-1]) - Basis.pullback(basis, GRID, K, k))) > 1e-3 or kind == 3    # planted
+
+
+def test_one_grid_asks_for_its_time_functions_once():
+    times, problem = [], policies(2)[1].problem
+
+    def functions(t):
+        times.append(t)
+        return np.array([1.0, t])
+
+    policy = BasisPolicy(problem, functions, np.zeros((2, 2, 2)), np.zeros((2, 2)))
+    asked = len(times)
+    for step in range(3):
+        moved = policy.with_theta(policy.theta + step)
+        moved.pullback(GRID, moved.parts(GRID).K, moved.parts(GRID).k)
+    assert times[asked:] == GRID.times[:-1].tolist()
+    policy.parts(TimeGrid(GRID.times[:3]))
+    assert times[asked + 4 :] == GRID.times[:2].tolist()
 
 
 def test_one_theta_runs_on_any_grid():

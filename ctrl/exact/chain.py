@@ -65,7 +65,8 @@ def _backward(B: Array, A_t: Array, b: Array, S: Array, w: Array) -> None:
         SB[:] = 0.0
         _add_product(S[i + 1], B[i], SB)
         _add_product(A_t[i], SB, S[i])
-        pull[:] = w[i + 1]
+        for k in range(pull.shape[1]):
+            pull[0, k] = w[i + 1, 0, k]
         _add_product(b[i], S[i + 1], pull)
         _add_product(pull, B[i], w[i])
 
@@ -96,7 +97,7 @@ class LinearChain:
         gain = co.dt * co.h
         return _plus_diagonal(gain[:, None, None] * parts.K, 1 - co.dt * co.f), gain[:, None] * parts.k
 
-    @cached_property
+    @property
     def step_cov(self) -> Array:
         """R_i, (N, d, d)."""
         co, cov = self.problem.coefficients(self.grid), self.policy.exploration_cov(self.grid)
@@ -152,10 +153,11 @@ class LinearChain:
     def value_slopes(self) -> tuple[Array, Array]:
         """S (N + 1, d, d), w (N + 1, d) of the current-valued grad V_i(x) = w_i - S_i x."""
         (A, c), (dK, dk), r = self.maps, self.departure, _reward(self.problem)
-        push, A_t, dK_t = 2 * self.running_cost, _transposed(A), _transposed(dK)
-        S = np.concatenate([push[:, None, None] * (dK_t @ dK), r.matrix[None]])
-        w = np.concatenate([-push[:, None] * _times(dK_t, dk), r.vector[None]])
-        _backward(self.decay[:, None, None] * A, A_t, -c[:, None], S, w[:, None])
+        push = 2 * self.running_cost
+        S, w = np.empty((len(A) + 1, *r.matrix.shape)), np.concatenate([-push[:, None] * np.einsum("kji,kj->ki", dK, dk), r.vector[None]])
+        np.matmul(dK.swapaxes(1, 2), push[:, None, None] * dK, out=S[:-1])
+        S[-1] = r.matrix
+        _backward(self.decay[:, None, None] * A, _transposed(A), -c[:, None], S, w[:, None])
         return S, w
 
     @cached_property
@@ -174,10 +176,13 @@ class LinearChain:
         co, (A, c), (dK, dk), (m, P), (S, w) = (
             self.problem.coefficients(self.grid), self.maps, self.departure, self.moments, self.value_slopes)
         gain, pull = co.discount * co.dt * co.h * self.decay, 2 * co.discount * self.running_cost
-        U = -gain[:, None, None] * (S[1:] @ A) - pull[:, None, None] * dK
+        U = S[1:] @ A
+        U *= -gain[:, None, None]
+        U -= pull[:, None, None] * dK
         u0 = gain[:, None] * (w[1:] - _times(S[1:], c)) - pull[:, None] * dk
         mean_u = _times(U, m[:-1]) + u0
-        dJdK = U @ P[:-1] + mean_u[:, :, None] * m[:-1, None, :]
+        dJdK = U @ P[:-1]
+        dJdK += mean_u[:, :, None] * m[:-1, None, :]
         affine = isinstance(self.policy, AffinePolicy)
         return ExactGradient(self.policy.pullback(self.grid, dJdK, mean_u), dJdK if affine else None, mean_u if affine else None)
 
