@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from numba.core.errors import NumbaError
 from numpy.typing import ArrayLike
-from scipy.special import logsumexp
 
 from ctrl import check
 from ctrl.check import Array
@@ -184,19 +183,17 @@ class ClassLogPosteriorReward(Reward):
         object.__setattr__(self, "label", int(label))
         object.__setattr__(self, "dim", laws[0].dim)
 
-    def _log_joint(self, x: Array) -> Array:
-        return np.stack([np.log(w) + q.log_density(x) for w, q in zip(self.prior, self.laws, strict=True)], axis=1)
+    def _log_posterior(self, x: Array) -> Array:
+        """log P(c | x), (n, d) -> (n, classes); complex x passes through analytically."""
+        joint = np.stack([np.log(w) + q.log_density(x) for w, q in zip(self.prior, self.laws, strict=True)], axis=1)
+        joint = joint - joint.real.max(axis=1, keepdims=True)
+        return joint - np.log(np.exp(joint).sum(axis=1, keepdims=True))
 
     def value(self, x: Array) -> Array:
-        joint = self._log_joint(x)
-        if np.iscomplexobj(x):
-            top = joint.real.max(axis=1)
-            return joint[:, self.label] - top - np.log(np.exp(joint - top[:, None]).sum(axis=1))
-        return joint[:, self.label] - logsumexp(joint, axis=1)
+        return self._log_posterior(x)[:, self.label]
 
     def gradient(self, x: Array) -> Array:
-        joint = self._log_joint(x)
-        posterior = np.exp(joint - logsumexp(joint, axis=1, keepdims=True))
+        posterior = np.exp(self._log_posterior(x))
         scores = np.stack([q.score(x) for q in self.laws], axis=1)
         return scores[:, self.label] - np.einsum("nc,nci->ni", posterior, scores)
 
