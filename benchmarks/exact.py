@@ -213,6 +213,14 @@ def clock(call: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
+def write(found: list[Row], out: Path) -> None:
+    about = environment(seed=0)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*asdict(found[0]), *about])
+        writer.writeheader()
+        writer.writerows({**asdict(row), **about} for row in found)
+
+
 def main(quick: bool = False, out: Path = Path("exact.csv"), rounds: int = 5) -> None:
     """Time exact truth and write one row per case, policy and version.
 
@@ -224,11 +232,7 @@ def main(quick: bool = False, out: Path = Path("exact.csv"), rounds: int = 5) ->
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     found = [row for case in (QUICK if quick else CASES) for row in run(case, 3 if quick else rounds)]
-    about = environment(seed=0)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*asdict(found[0]), *about])
-        writer.writeheader()
-        writer.writerows({**asdict(row), **about} for row in found)
+    write(found, out)
     for row in found:
         more = f"   with gradient {row.with_gradient_ms:8.2f} ({row.gradient_ratio:.2f} x)   {'meets' if row.meets else 'misses'} {row.bar_ms:g} ms" \
             if row.gradient_ratio is not None else f"   {row.times_this_library:6.1f} x ctrl.exact, gap {row.relative_gap:.1e}"

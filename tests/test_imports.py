@@ -156,7 +156,8 @@ mean = ctrl.simulate(problem, policy, grid, noise).terminal.mean(axis=0)
 seconds = time.perf_counter() - start
 truth = ctrl.exact.evaluate(problem, policy, grid)
 gradient = truth.gradient.theta
-stats = {kernel.py_func.__name__: kernel.stats for kernel in (paths.run, normals.fill_normals, chain._forward, chain._backward)}
+kernels = paths.run, normals.fill_normals, chain._forward, chain._mean_squares, chain._backward, chain._gradients
+stats = {kernel.py_func.__name__: kernel.stats for kernel in kernels}
 print(json.dumps([seconds, list(mean), truth.objective, {name: [sum(s.cache_hits.values()), sum(s.cache_misses.values())]
                                                          for name, s in stats.items()}]))
 """

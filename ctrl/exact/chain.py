@@ -47,28 +47,78 @@ def _add_product(a: Array, b: Array, out: Array) -> None:
 
 
 @njit(cache=True, error_model="numpy")
-def _forward(A: Array, A_t: Array, m: Array, P: Array) -> None:
-    """m_{i+1} += m_i A_i' (rows, (N + 1, 1, d)) and P_{i+1} += A_i P_i A_i', in place, from what X_0 and the steps bring."""
-    AP = np.empty(A.shape[1:])
-    for i in range(A.shape[0]):
-        _add_product(m[i], A_t[i], m[i + 1])
-        AP[:] = 0.0
-        _add_product(A[i], P[i], AP)
-        _add_product(AP, A_t[i], P[i + 1])
+def _transpose(a: Array, out: Array) -> None:
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            out[j, i] = a[i, j]
 
 
 @njit(cache=True, error_model="numpy")
-def _backward(B: Array, A_t: Array, b: Array, S: Array, w: Array) -> None:
-    """S_i += A_i'S_{i+1} B_i and w_i += (w_{i+1} + b_i S_{i+1}) B_i (rows, (N + 1, 1, d)), in place; B = e^{-rho D} A and b = -c."""
-    SB, pull = np.empty(B.shape[1:]), np.empty(w.shape[1:])
-    for i in range(B.shape[0] - 1, -1, -1):
-        SB[:] = 0.0
-        _add_product(S[i + 1], B[i], SB)
-        _add_product(A_t[i], SB, S[i])
+def _forward(A: Array, m: Array, P: Array) -> None:
+    """m_{i+1} += m_i A_i' (rows, (N + 1, 1, d)) and P_{i+1} += A_i P_i A_i', in place, from what X_0 and the steps bring."""
+    AP, A_t = np.empty(A.shape[1:]), np.empty(A.shape[1:])
+    for i in range(A.shape[0]):
+        _transpose(A[i], A_t)
+        AP[:] = 0.0
+        _add_product(m[i], A_t, m[i + 1])
+        _add_product(A[i], P[i], AP)
+        _add_product(AP, A_t, P[i + 1])
+
+
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _mean_squares(B: Array, b: Array, m: Array, P: Array, out: Array) -> None:
+    """out_i += E |B_i X + b_i|^2 = tr(B_i P_i B_i') + |B_i m_i + b_i|^2 for X of mean m_i and covariance P_i."""
+    BP = np.empty(B.shape[1:])
+    for i in range(B.shape[0]):
+        BP[:] = 0.0
+        _add_product(B[i], P[i], BP)
+        for j in range(B.shape[1]):
+            mean = b[i, j]
+            for k in range(B.shape[2]):
+                mean += B[i, j, k] * m[i, k]
+                out[i] += BP[j, k] * B[i, j, k]
+            out[i] += mean * mean
+
+
+@njit(cache=True, error_model="numpy")
+def _backward(decay: Array, A: Array, c: Array, push: Array, dK: Array, dk: Array, S: Array, w: Array) -> None:
+    r"""S_i = e^{-rho D} A'S_{i+1}A + push dK'dK and w_i' = e^{-rho D} (w_{i+1} - S_{i+1}c)'A - push dk'dK; rows (N, 1, d), S_N and w_N given."""
+    SA, across, pull = np.empty(A.shape[1:]), np.empty(A.shape[1:]), np.empty(w.shape[1:])
+    for i in range(A.shape[0] - 1, -1, -1):
+        SA[:] = 0.0
+        _add_product(S[i + 1], A[i], SA)
+        _transpose(A[i], across)
+        across *= decay[i]
+        S[i] = 0.0
+        _add_product(across, SA, S[i])
+        _transpose(dK[i], across)
+        across *= push[i]
+        _add_product(across, dK[i], S[i])
+        pull[:] = 0.0
+        _add_product(c[i], S[i + 1], pull)
         for k in range(pull.shape[1]):
-            pull[0, k] = w[i + 1, 0, k]
-        _add_product(b[i], S[i + 1], pull)
-        _add_product(pull, B[i], w[i])
+            pull[0, k] = decay[i] * (w[i + 1, 0, k] - pull[0, k])
+        w[i] = 0.0
+        _add_product(pull, A[i], w[i])
+        for k in range(pull.shape[1]):
+            pull[0, k] = -push[i] * dk[i, 0, k]
+        _add_product(pull, dK[i], w[i])
+
+
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _gradients(gain: Array, A: Array, pull: Array, dK: Array, m: Array, P: Array, S: Array, u: Array, out: Array) -> None:
+    """u_i += U_i m_i and out_i += U_i P_i + u_i m_i' with U_i = -gain_i S_{i+1} A_i - pull_i dK_i: E u_i and E u_i X_i'."""
+    U = np.empty(A.shape[1:])
+    for i in range(A.shape[0]):
+        U[:] = 0.0
+        _add_product(S[i + 1], A[i], U)
+        for j in range(U.shape[0]):
+            for k in range(U.shape[1]):
+                U[j, k] = -gain[i] * U[j, k] - pull[i] * dK[i, j, k]
+                u[i, j] += U[j, k] * m[i, k]
+            for k in range(U.shape[1]):
+                out[i, j, k] += u[i, j] * m[i, k]
+        _add_product(U, P[i], out[i])
 
 
 def entropy(cov: Array) -> Array:
@@ -100,9 +150,14 @@ class LinearChain:
     @property
     def step_cov(self) -> Array:
         """R_i, (N, d, d)."""
+        return self._add_step_cov(np.zeros((self.grid.steps, self.problem.dim, self.problem.dim)))
+
+    def _add_step_cov(self, out: Array) -> Array:
+        """out (N, d, d) += R_i."""
         co, cov = self.problem.coefficients(self.grid), self.policy.exploration_cov(self.grid)
-        sampled = np.zeros((self.grid.steps, self.problem.dim, self.problem.dim)) if cov is None else ((co.h * co.dt) ** 2)[:, None, None] * cov
-        return _plus_diagonal(sampled, co.noise**2)
+        if cov is not None:
+            out += ((co.h * co.dt) ** 2)[:, None, None] * cov
+        return _plus_diagonal(out, co.noise**2)
 
     @cached_property
     def departure(self) -> tuple[Array, Array]:
@@ -125,9 +180,11 @@ class LinearChain:
     @cached_property
     def moments(self) -> tuple[Array, Array]:
         """Means (N + 1, d) and covariances (N + 1, d, d) of X_0 ... X_N."""
-        (A, c), R, start = self.maps, self.step_cov, self.problem.start_law
-        m, P = np.concatenate([start.mean[None], c]), np.concatenate([start.cov[None], R])
-        _forward(A, _transposed(A), m[:, None], P)
+        (A, c), start = self.maps, self.problem.start_law
+        m, P = np.concatenate([start.mean[None], c]), np.zeros((len(A) + 1, *start.cov.shape))
+        P[0] = start.cov
+        self._add_step_cov(P[1:])
+        _forward(A, m[:, None], P)
         return m, P
 
     @cached_property
@@ -147,17 +204,17 @@ class LinearChain:
     def mean_departure(self) -> Array:
         """E |mu_i - s_i|^2 under the chain, (N,)."""
         (dK, dk), (m, P) = self.departure, self.moments
-        return np.einsum("kij,kij->k", dK @ P[:-1], dK) + np.sum((_times(dK, m[:-1]) + dk) ** 2, axis=1)
+        out = np.zeros(self.grid.steps)
+        _mean_squares(dK, dk, m, P, out)
+        return out
 
     @cached_property
     def value_slopes(self) -> tuple[Array, Array]:
         """S (N + 1, d, d), w (N + 1, d) of the current-valued grad V_i(x) = w_i - S_i x."""
         (A, c), (dK, dk), r = self.maps, self.departure, _reward(self.problem)
-        push = 2 * self.running_cost
-        S, w = np.empty((len(A) + 1, *r.matrix.shape)), np.concatenate([-push[:, None] * np.einsum("kji,kj->ki", dK, dk), r.vector[None]])
-        np.matmul(dK.swapaxes(1, 2), push[:, None, None] * dK, out=S[:-1])
-        S[-1] = r.matrix
-        _backward(self.decay[:, None, None] * A, _transposed(A), -c[:, None], S, w[:, None])
+        S, w = np.empty((len(A) + 1, *r.matrix.shape)), np.empty((len(A) + 1, len(r.vector)))
+        S[-1], w[-1] = r.matrix, r.vector
+        _backward(self.decay, A, c[:, None], 2 * self.running_cost, dK, dk[:, None], S, w[:, None])
         return S, w
 
     @cached_property
@@ -176,20 +233,10 @@ class LinearChain:
         co, (A, c), (dK, dk), (m, P), (S, w) = (
             self.problem.coefficients(self.grid), self.maps, self.departure, self.moments, self.value_slopes)
         gain, pull = co.discount * co.dt * co.h * self.decay, 2 * co.discount * self.running_cost
-        U = S[1:] @ A
-        U *= -gain[:, None, None]
-        U -= pull[:, None, None] * dK
-        u0 = gain[:, None] * (w[1:] - _times(S[1:], c)) - pull[:, None] * dk
-        mean_u = _times(U, m[:-1]) + u0
-        dJdK = U @ P[:-1]
-        dJdK += mean_u[:, :, None] * m[:-1, None, :]
+        u, dJdK = gain[:, None] * (w[1:] - _times(S[1:], c)) - pull[:, None] * dk, np.zeros_like(A)
+        _gradients(gain, A, pull, dK, m, P, S, u, dJdK)
         affine = isinstance(self.policy, AffinePolicy)
-        return ExactGradient(self.policy.pullback(self.grid, dJdK, mean_u), dJdK if affine else None, mean_u if affine else None)
-
-
-def _transposed(matrices: Array) -> Array:
-    """(N, d, d) with every matrix transposed, contiguous."""
-    return np.ascontiguousarray(matrices.swapaxes(1, 2))
+        return ExactGradient(self.policy.pullback(self.grid, dJdK, u), dJdK if affine else None, u if affine else None)
 
 
 def _plus_diagonal(matrices: Array, added: Array) -> Array:
