@@ -96,11 +96,11 @@ def _backward(decay: Array, A: Array, c: Array, push: Array, dK: Array, dk: Arra
         _add_product(across, dK[i], S[i])
         pull[:] = 0.0
         _add_product(c[i], S[i + 1], pull)
-        for k in range(pull.shape[1]):
+        for k in range(w.shape[2]):
             pull[0, k] = decay[i] * (w[i + 1, 0, k] - pull[0, k])
         w[i] = 0.0
         _add_product(pull, A[i], w[i])
-        for k in range(pull.shape[1]):
+        for k in range(w.shape[2]):
             pull[0, k] = -push[i] * dk[i, 0, k]
         _add_product(pull, dK[i], w[i])
 
@@ -112,11 +112,11 @@ def _gradients(gain: Array, A: Array, pull: Array, dK: Array, m: Array, P: Array
     for i in range(A.shape[0]):
         U[:] = 0.0
         _add_product(S[i + 1], A[i], U)
-        for j in range(U.shape[0]):
-            for k in range(U.shape[1]):
+        for j in range(A.shape[1]):
+            for k in range(A.shape[2]):
                 U[j, k] = -gain[i] * U[j, k] - pull[i] * dK[i, j, k]
                 u[i, j] += U[j, k] * m[i, k]
-            for k in range(U.shape[1]):
+            for k in range(A.shape[2]):
                 out[i, j, k] += u[i, j] * m[i, k]
         _add_product(U, P[i], out[i])
 
