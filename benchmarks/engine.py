@@ -126,25 +126,14 @@ class Affine:
         return moments_z(x, *self.law)
 
     def ours(self, bits: int) -> Version:
-        grid = self.problem.grid(self.steps)
-        policy = self.problem.pretrained(grid)
-
-        def call(seed: int) -> Array:
-            return ctrl.simulate(self.problem, policy, grid, ctrl.Noise(seed, self.paths), dtype=kind(bits), threads=1).terminal
-
-        return Version("ctrl.simulate", bits, self.paths, call)
+        return simulated("ctrl.simulate", self, self.problem.pretrained(self.problem.grid(self.steps)), bits)
 
     def own_action(self, bits: int) -> Version:
         """The same score as a user's @njit function."""
         grid = self.problem.grid(self.steps)
         K, k = self.problem.pretrained(grid).parts(grid)[:2]
         theta = np.concatenate([np.einsum("kii->ki", K)[:, 0], k[:, 0]])
-        policy = ctrl.CallablePolicy(own_action, theta, dim=self.dim)
-
-        def call(seed: int) -> Array:
-            return ctrl.simulate(self.problem, policy, grid, ctrl.Noise(seed, self.paths), dtype=kind(bits), threads=1).terminal
-
-        return Version("ctrl.simulate, own action", bits, self.paths, call)
+        return simulated("ctrl.simulate, own action", self, ctrl.CallablePolicy(own_action, theta, dim=self.dim), bits)
 
     def compiled(self, library: ctypes.CDLL, generator: str, bits: int) -> Call:
         function = getattr(library, f"{generator}_{'dense' if self.dense else 'affine'}_{self.dim}_{bits}")
@@ -209,13 +198,7 @@ class Mixture:
         return moments_z(x, *self.law)
 
     def ours(self, bits: int) -> Version:
-        grid = self.problem.grid(self.steps)
-        policy = self.problem.pretrained(grid)
-
-        def call(seed: int) -> Array:
-            return ctrl.simulate(self.problem, policy, grid, ctrl.Noise(seed, self.paths), dtype=kind(bits), threads=1).terminal
-
-        return Version("ctrl.simulate", bits, self.paths, call)
+        return simulated("ctrl.simulate", self, self.problem.pretrained(self.problem.grid(self.steps)), bits)
 
     @cached_property
     def components(self) -> Array:
@@ -313,6 +296,16 @@ class GradientSums:
 
         yield Version("ctrl.ScoreFunction with covariance", 32, self.paths, estimate)
         yield Version("ctrl, whole trajectories in NumPy", 64, self.paths // 8, trajectories)
+
+
+def simulated(name: str, work: Affine | Mixture, policy: Any, bits: int) -> Version:
+    """`ctrl.simulate` of a workload's problem under a policy, on one thread."""
+    problem, grid = work.problem, work.problem.grid(work.steps)
+
+    def call(seed: int) -> Array:
+        return ctrl.simulate(problem, policy, grid, ctrl.Noise(seed, work.paths), dtype=kind(bits), threads=1).terminal
+
+    return Version(name, bits, work.paths, call)
 
 
 # ---- peers -------------------------------------------------------------------------------------------------------------------
@@ -582,7 +575,7 @@ def figure(rows: list[Row], path: Path, machine: str) -> None:
     plt.close(fig)
 
 
-def environment(seed: int, compiler: str) -> dict[str, Any]:
+def environment(seed: int, compiler: str = "not used") -> dict[str, Any]:
     """What a number depends on: versions, machine, load, seed."""
     names = ("numba", "numpy", "torch", "torchsde", "jax", "diffrax")
     found = {name: version(name) if installed(name) else "not installed" for name in names}
