@@ -14,7 +14,7 @@ from ctrl import check
 from ctrl.check import Array
 from ctrl.laws import Gaussian, GaussianMixture
 from ctrl.problem import Problem
-from ctrl.reward import BumpReward, ClassLogPosteriorReward, QuadraticReward
+from ctrl.reward import BumpReward, ClassLogPosteriorReward, LogDensityReward, QuadraticReward
 from ctrl.schedule import VP
 
 
@@ -74,6 +74,31 @@ def digits_plane(digit: int = 3, eta: float = 1.0) -> Problem:
     Source: theory.md, section 1 (mixtures).   Checked: tests/test_plane.py::test_digits_plane_against_simulated_paths
     """
     return _digits(digit, eta, dimensions=2, components=2)
+
+
+def double_well_2d(eta: float = 1.0) -> Problem:
+    r"""Two wells in the plane: nine tenths of the data lie in the first, the reward's higher peak in the second.
+
+        data  .9 N((-.8, -.2), C_a) + .1 N((1.6, .6), C_b),      r = log( .2 N((-1.4, -.6), .35 I) + .8 N((1.6, .9), .25 I) )
+
+    Grad r points from the first well away from the second, so that local methods get stuck. On N = 40 steps, eta = 1 (share: of mass
+    nearer to the second mean of the data):
+
+        pre-trained                         J  -3.4599      share  .119
+        best shift near none (-.387, -.278)    -3.3199             .020      where a climb from the pre-trained model ends
+        best shift             (.950, .591)    -2.8558             .836
+        optimum over all means, J*             -1.513726           .999      path KL 3.232 nats
+
+    Truth by quadrature in the plane.
+    Source: theory.md, sections 1 and 9 (i).   Checked: tests/test_plane.py::test_double_well_is_hard
+    """
+    return Problem(
+        schedule=VP(beta_min=0.1, beta_max=10.0, horizon=1.0),
+        data=GaussianMixture(weights=[0.9, 0.1], means=[[-0.8, -0.2], [1.6, 0.6]],
+                             covs=[[[0.3, 0.1], [0.1, 0.2]], [[0.15, -0.04], [-0.04, 0.2]]]),
+        reward=LogDensityReward(GaussianMixture(weights=[0.2, 0.8], means=[[-1.4, -0.6], [1.6, 0.9]],
+                                                covs=[[[0.35, 0.0], [0.0, 0.35]], [[0.25, 0.0], [0.0, 0.25]]])),
+        kl_weight=0.2, eta=eta)
 
 
 def _digits(digit: int, eta: float, dimensions: int, components: int) -> Problem:

@@ -14,7 +14,7 @@ import pytest
 import ctrl
 
 TESTS = Path(__file__).parent
-MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.limit", "exact.tilt", "exact.divergence", "zoo", "testing",
+MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.plane", "exact.limit", "exact.tilt", "exact.divergence", "zoo", "testing",
            "theorems", "torch", "torch.images", "torch.rewards", "torch.classifiers")
 # Faces and containers that users meet only through the names above; a sentence is enough.
 PLUMBING = {

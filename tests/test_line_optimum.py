@@ -190,9 +190,9 @@ def test_dispatch():
     grid = GAUSSIAN.grid(10)
     assert isinstance(exact.optimum(GAUSSIAN, grid), exact.chain.Optimum)
     assert isinstance(exact.optimum(MIXTURE, grid), LineOptimum) and isinstance(exact.optimum(MIXTURE, grid).policy, LinePolicy)
-    plane = zoo.digits_plane()
-    with pytest.raises(ValueError, match="^problem: expected Gaussian data and a quadratic reward, or dimension 1"):
-        exact.optimum(plane, plane.grid(10))
+    space = replace(MIXTURE, data=ctrl.GaussianMixture([0.5, 0.5], [[0.0] * 3, [1.0] * 3], [np.eye(3)] * 2), reward=ctrl.BumpReward([0.0] * 3, 0.5))
+    with pytest.raises(ValueError, match="^problem: expected Gaussian data and a quadratic reward, or at most 2 dimensions"):
+        exact.optimum(space, space.grid(10))
 
 
 def test_refusals():

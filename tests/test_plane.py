@@ -9,7 +9,9 @@ import pytest
 
 import ctrl
 from ctrl import zoo
-from ctrl.exact import chain, plane, quadrature
+from ctrl.exact import chain, plane, plane_optimum, quadrature
+from ctrl.exact.lattice import Lattice
+from ctrl.exact.plane_optimum import Envelope, PlaneOptimum
 from ctrl.laws import Gaussian, GaussianMixture
 from ctrl.policy import AffinePolicy, BasisPolicy, CallablePolicy, Monomials
 from ctrl.problem import Problem
@@ -319,6 +321,175 @@ def test_doob():
         np.testing.assert_allclose(doob.log_phi(i, x), known[0].log_phi(i, x[:, :1]) + known[1].log_phi(i, x[:, 1:]), atol=1e-6)
     pre = plane.evaluate(problem, problem.pretrained(grid), grid)
     assert doob.objective > pre.expected_reward + 0.1               # Jensen
+
+
+# ---- the optimum -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eta", "discount"), [(1.0, 0.0), (0.7, 0.3)])
+def test_optimum_against_the_chain(eta, discount):
+    """J*, its parts, the policy, V*, grad V* and Q* of the affine-Gaussian optimum, to rounding."""
+    problem = replace(zoo.gaussian_pull_2d(eta), discount=discount)
+    grid = problem.grid(12)
+    best, known = plane.optimum(problem, grid), chain.optimum(problem, grid)
+    assert best.objective == pytest.approx(known.objective, abs=1e-12)
+    assert best.expected_reward == pytest.approx(known.truth.expected_reward, abs=1e-11)
+    assert best.path_kl == pytest.approx(known.path_kl, abs=1e-11)
+    assert best.ties.shape == (12,) and not np.any(best.ties)
+    V, means, covs = chain.value(problem, known.policy, grid), *chain.LinearChain(problem, known.policy, grid).moments
+    for i in (0, 6, 11, 12):
+        x = states_of(means[i], covs[i])
+        np.testing.assert_allclose(best.value(i, x), V(i, x), atol=1e-10)
+        np.testing.assert_allclose(best.value.gradient(i, x), V.gradient(i, x), atol=1e-8)
+        if i < 12:
+            a = known.policy.mean(grid, i, x)
+            np.testing.assert_allclose(best.policy.mean(grid, i, x), a, atol=1e-9)
+            np.testing.assert_allclose(best.policy.jacobian_x(grid, i, x), known.policy.jacobian_x(grid, i, x), atol=1e-8)
+            np.testing.assert_allclose(best.value.action_value(i, x, a + 0.2), V.action_value(i, x, a + 0.2), atol=1e-10)
+
+
+def test_optimum_of_products_of_lines():
+    """Mixtures whose coordinates are independent: J* is the sum of the lines' optima, which panels know to rounding."""
+    problem, _, lines, _ = side_by_side()
+    grid = problem.grid(12)
+    best, known = plane.optimum(problem, grid), [quadrature.optimum(line, grid) for line in lines]
+    assert best.objective == pytest.approx(sum(k.objective for k in known), abs=1e-6)
+    assert best.expected_reward == pytest.approx(sum(k.expected_reward for k in known), abs=1e-4)
+    assert best.penalty == pytest.approx(sum(k.penalty for k in known), abs=2e-4)
+    x = np.random.default_rng(4).uniform(-1.2, 1.2, size=(30, 2))
+    for i in (0, 6, 10):
+        np.testing.assert_allclose(best.value(i, x), sum(k.value(i, y) for k, y in zip(known, (x[:, :1], x[:, 1:]), strict=True)), atol=2e-5)
+    shares = [k.policy.mean(grid, 0, y) for k, y in zip(known, (x[:, :1], x[:, 1:]), strict=True)]
+    np.testing.assert_allclose(best.policy.mean(grid, 0, x), np.hstack(shares), atol=1e-4)
+
+
+def test_policy_attains_the_optimum():
+    """Run by `evaluate`, the policy earns J*; its multiple is stationary at 1; pre-trained, halved and shifted it earns less."""
+    problem = turned(0.8)
+    grid = problem.grid(14)
+    best = plane.optimum(problem, grid)
+    truth = best.truth
+    assert truth.method == "plane" and truth.objective == pytest.approx(best.objective, abs=1e-7)
+    assert truth.expected_reward == pytest.approx(best.expected_reward, abs=1e-5)
+    assert truth.path_kl == pytest.approx(best.path_kl, abs=1e-5)
+    assert truth.gradient.theta == pytest.approx(0, abs=1e-5)
+    for theta in (0.0, 0.5, 1.3):
+        assert plane.evaluate(problem, best.policy.with_theta([theta]), grid).objective < best.objective - 1e-3
+    shifted = ctrl.CallablePolicy(lambda t, x, th: best.policy.mean(grid, int(np.argmin(np.abs(grid.times - t))), x) + th, [0.1], dim=2)
+    assert plane.evaluate(problem, shifted, grid).objective < best.objective - 1e-4
+    assert best.objective < plane.doob(problem, grid).objective              # fewer controls, less value
+
+
+def test_stationarity():
+    """2 lambda kappa (a* - s) = h E[grad V*_{i+1}(X_{i+1}) | x], by Gauss-Hermite on V*'s own gradient; the planted g^2 for h misses it."""
+    problem = turned(0.7)
+    grid, i = problem.grid(14), 8
+    best, c = plane.optimum(problem, grid), problem.coefficients(grid)
+    x = np.array([[-0.6, 0.3], [0.5, -0.1], [0.1, 0.8]])
+    a = best.policy.mean(grid, i, x)
+    xi, weight = np.polynomial.hermite_e.hermegauss(20)
+    noise = c.noise[i] * np.stack(np.meshgrid(xi, xi, indexing="ij"), axis=-1).reshape(-1, 2)
+    y = x + c.dt[i] * (-c.f[i] * x + c.h[i] * a)
+    slopes = best.value.gradient(i + 1, (y[:, None] + noise).reshape(-1, 2)).reshape(3, -1, 2)
+    expected = np.einsum("k,nka->na", np.outer(weight, weight).ravel() / weight.sum() ** 2, slopes)
+    gap = a - problem.score(grid.times[i], x)
+    np.testing.assert_allclose(2 * problem.kl_weight * c.kappa[i] * gap, c.h[i] * expected, atol=1e-5)
+    assert np.max(np.abs(2 * problem.kl_weight * c.kappa[i] * gap - c.g2[i] * expected)) > 1e-2
+
+
+def test_the_supremum_is_global():
+    """Two wells and little noise: the best mean beats every point of a dense grid, where the climb from z itself gets stuck."""
+    frame = 0.2 * np.eye(2)
+    lattice = Lattice(frame, np.array([-20.0, -20.0]), np.array([0.8, 0.8]), (51, 51))
+
+    def well(x, centre, height):
+        return height * np.exp(-np.sum((x - centre) ** 2, axis=1) / 0.5)
+
+    x = lattice.nodes()
+    values = well(x, np.array([-1.0, 0.2]), 1.0) + well(x, np.array([1.1, -0.3]), 1.6) - 0.02 * np.sum(x**2, axis=1)
+    envelope = Envelope(lattice, values.reshape(51, 51), 1.0, c=2.5)
+    z = np.random.default_rng(5).uniform(-1.5, 1.5, size=(40, 2))
+    y, height, _ = envelope.best(z)
+    dense = np.stack(np.meshgrid(np.linspace(-2, 2, 161), np.linspace(-2, 2, 161), indexing="ij"), axis=-1).reshape(-1, 2)
+    W = envelope.smoothed(dense)
+    brute = np.array([np.max(W - np.sum((dense - at) ** 2, axis=1) / (2 * envelope.c)) for at in z])
+    assert np.all(height >= brute - 1e-12) and np.max(height - brute) < 5e-3
+    np.testing.assert_allclose(envelope.at(y, z).slope, 0, atol=1e-8)
+    assert np.all(np.linalg.eigvalsh(envelope.at(y, z).bend) > 0)
+    stuck = envelope._ascend(z, z)[1]                                        # planted: a local search
+    assert np.all(stuck <= height + 1e-12) and np.max(height - stuck) > 0.1
+    # ties: on a segment from well to well the choice among several maxima is seen
+    line = np.array([-1.0, 0.2]) + np.linspace(0, 1, 400)[:, None] * np.array([2.1, -0.5])
+    assert np.any(envelope.best(line)[2])
+
+
+def test_double_well_is_hard():
+    """The numbers of `zoo.double_well_2d`: a local climb from the pre-trained model goes the wrong way, the optimum changes wells."""
+    problem = zoo.double_well_2d()
+    grid, (a, b) = problem.grid(40), problem.data.means
+    best = ctrl.exact.optimum(problem, grid)
+    assert isinstance(best, PlaneOptimum)
+
+    def share(truth):
+        x, p = truth.terminal.points.reshape(-1, 2), truth.terminal.density.ravel()
+        return float(p[(x - (a + b) / 2) @ (b - a) > 0].sum() / p.sum())
+
+    pre = ctrl.exact.evaluate(problem, problem.pretrained(grid), grid)
+    assert (pre.objective, share(pre)) == pytest.approx((-3.45992, 0.119), abs=1e-3)
+    assert best.objective == pytest.approx(-1.513726, abs=2e-6)
+    assert best.truth.objective == pytest.approx(best.objective, abs=1e-5) and share(best.truth) == pytest.approx(0.999, abs=5e-4)
+    assert best.path_kl == pytest.approx(3.2320, abs=1e-3)
+    # constant shifts: two local maxima, a ridge between them, and the climb from no shift leads away from the better well
+    shifts = {}
+    for name, theta, J, at in (("local", [-0.3873, -0.2778], -3.31991, 0.020), ("far", [0.9498, 0.5912], -2.85578, 0.836)):
+        shifts[name] = ctrl.exact.evaluate(problem, ctrl.BasisPolicy.shift(problem, theta), grid)
+        assert np.max(np.abs(shifts[name].gradient.theta)) < 2e-3
+        assert (shifts[name].objective, share(shifts[name])) == pytest.approx((J, at), abs=1e-3)
+    start = ctrl.exact.evaluate(problem, ctrl.BasisPolicy.shift(problem, [0.0, 0.0]), grid).gradient.theta
+    assert start @ (b - a) < -0.1 and start @ np.array([-0.3873, -0.2778]) > 0.1
+    assert np.any(best.ties)
+
+
+def test_a_jump_is_too_sharp_to_resolve(monkeypatch):
+    """A reward with an edge: Doob's transform and the optimum say so, and what to change, before they take minutes."""
+    problem = replace(turned(), reward=CallableReward(lambda x: 1.0 * (x[:, 0] > 0.1), np.zeros_like))
+    grid = problem.grid(8)
+    monkeypatch.setattr(plane, "MOST_VISITS", 5e7)
+    with pytest.raises(ValueError, match=r"^reward: expected e\^\(r / kl_weight\) smooth enough .*raise kl_weight, smooth the reward"):
+        plane.doob(problem, grid)
+    monkeypatch.setattr(plane_optimum, "MOST_VISITS", 5e7)
+    expected = pytest.raises(ValueError, match=r"^reward: expected one that 5e\+07 visits of nodes resolve in step 7.*smooth the reward")
+    with pytest.warns(RuntimeWarning, match="^reward: not smooth on"), expected:
+        plane.optimum(problem, grid)
+
+
+def test_a_coarse_optimum_says_so(monkeypatch):
+    """Without refinement what half of the nodes miss is told."""
+    problem = turned()
+    monkeypatch.setattr(plane_optimum, "ROUNDS", 1)
+    monkeypatch.setattr(plane_optimum, "LOUD", 1e-7)
+    with pytest.warns(RuntimeWarning, match=r"^reward: the optimal value is not smooth at step \d+; J\* is off by up to"):
+        plane.optimum(problem, problem.grid(8))
+
+
+def test_optimum_refusals():
+    problem = turned()
+    grid = problem.grid(5)
+    with pytest.raises(ValueError, match="eta: expected eta > 0"):
+        plane.optimum(turned(0.0), grid)
+    with pytest.raises(ValueError, match="kl_weight: expected a positive weight"):
+        plane.optimum(replace(problem, kl_weight=0.0), grid)
+    with pytest.raises(ValueError, match="entropy_weight: expected 0 for the optimum of mean actions in the plane"):
+        plane.optimum(replace(problem, entropy_weight=0.1), grid)
+    with pytest.raises(ValueError, match="problem: expected dimension 2"):
+        plane.optimum(zoo.mixture_bump_1d(), grid)
+    best = plane.optimum(problem, grid, resolution=1.0)
+    with pytest.raises(ValueError, match=r"grid: expected the grid of the optimum \(5 steps\)"):
+        best.policy.mean(problem.grid(6), 0, np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="x: expected states on the lattice of step 2"):
+        best.value(2, np.array([[50.0, 0.0]]))
+    with pytest.raises(ValueError, match="theta: expected shape"):
+        best.policy.with_theta([1.0, 2.0])
 
 
 # ---- no noise --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ctrl.exact import tilt as tilt
 from ctrl.exact.chain import Optimum as Optimum
 from ctrl.exact.line_optimum import LineOptimum as LineOptimum
 from ctrl.exact.linear_doob import LinearDoob as LinearDoob
+from ctrl.exact.plane_optimum import PlaneOptimum as PlaneOptimum
 from ctrl.exact.truth import Advantage as Advantage
 from ctrl.exact.truth import ExactGradient as ExactGradient
 from ctrl.exact.truth import Terminal as Terminal
@@ -72,12 +73,12 @@ def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
     return _method(problem, policy, grid).advantage(problem, policy, grid)
 
 
-def optimum(problem: Problem, grid: TimeGrid) -> Optimum | LineOptimum:
+def optimum(problem: Problem, grid: TimeGrid) -> Optimum | LineOptimum | PlaneOptimum:
     r"""The mean-shift optimum J* of the chain: its policy, objective, path KL, and the truth of running it.
 
         2 lambda kappa (a* - s)(x) = h E[ grad V*_{i+1}(X_{i+1}) | X_i = x ]
 
-    By recursion for Gaussian data and a quadratic reward; else by smoothing and Moreau envelopes in 1-D; else a ValueError.
+    By recursion for Gaussian data and a quadratic reward; else by smoothing and Moreau envelopes in 1-D and 2-D; else a ValueError.
     Source: theory.md, section 9 (i).   Checked: tests/test_line_optimum.py::test_dispatch
     """
     check.instance("problem", problem, Problem, "a ctrl.Problem")
@@ -86,11 +87,13 @@ def optimum(problem: Problem, grid: TimeGrid) -> Optimum | LineOptimum:
         return chain.optimum(problem, grid)
     if problem.dim == 1:
         return quadrature.optimum(problem, grid)
-    raise ValueError("problem: expected Gaussian data and a quadratic reward, or dimension 1, for the exact optimum, got "
+    if problem.dim == 2:
+        return plane.optimum(problem, grid)
+    raise ValueError("problem: expected Gaussian data and a quadratic reward, or at most 2 dimensions, for the exact optimum, got "
                      f"{type(problem.data).__name__} and {type(problem.reward).__name__} in dimension {problem.dim}")
 
 
-def doob(problem: Problem, grid: TimeGrid) -> LinearDoob | quadrature.Doob:
+def doob(problem: Problem, grid: TimeGrid) -> LinearDoob | quadrature.Doob | plane.Doob:
     r"""Doob's transform of the pre-trained chain by e^{r/lambda}, the optimum when whole kernels are free: an upper bound on J* of means.
 
         phi_i(x) = E_pre[ e^{r(X_N)/lambda} | X_i = x ],      objective = lambda E log phi_0(X_0)

@@ -187,6 +187,10 @@ class Lattice(NamedTuple):
         """Of a cell."""
         return float(abs(np.linalg.det(self.frame)) * np.prod(self.step))
 
+    def window(self, reach: float) -> float:
+        """Nodes that one kernel of so many standard deviations visits, at most."""
+        return float(np.prod(np.minimum(self.shape, 2 * np.ceil(reach / self.step) + 1)))
+
     def nodes(self) -> Array:
         """(n, 2), the second axis of the frame fastest."""
         k, m = (self.low[a] + self.step[a] * np.arange(self.shape[a]) for a in (0, 1))
@@ -196,6 +200,11 @@ class Lattice(NamedTuple):
         """(4, 2)."""
         ends = self.step * (np.array(self.shape) - 1)
         return (self.low + np.array([[0, 0], [0, 1], [1, 0], [1, 1]]) * ends) @ self.frame.T
+
+    def nearest(self, x: Array) -> Array:
+        """The nearest points of the lattice's rectangle, (n, 2), along the axes of its frame."""
+        z = np.clip(x @ np.linalg.inv(self.frame).T, self.low, self.low + self.step * (np.array(self.shape) - 1))
+        return z @ self.frame.T
 
     def place(self, x: Array) -> Array:
         """States (n, 2) in spacings from the first node."""
@@ -244,3 +253,9 @@ def parity_of_sum(terms: Array) -> Array:
     """The same for a sum over the nodes of a lattice, terms (n1, n2), relative to its size (or 1e-9: rounding is no error)."""
     parts = np.array([[terms[a::2, b::2].sum() for b in (0, 1)] for a in (0, 1)])
     return parity(parts) / max(np.abs(terms).sum(), 1e-9)
+
+
+def shrink(error: Array, allowed: float) -> Array:
+    """Factors for the spacings that bring an error exp(-const/spacing^2) down to what is allowed, (2,)."""
+    wanted = np.sqrt(np.log(np.clip(error, allowed, 0.9)) / math.log(allowed))
+    return np.where(error > allowed, np.clip(0.95 * wanted, 0.5, 0.9), 1.0)

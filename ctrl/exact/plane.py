@@ -21,9 +21,12 @@ import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.exact import plane_optimum
 from ctrl.exact import plane_transport as transport
-from ctrl.exact.lattice import REACH, UNIT, Lattice, Source, expect, log_expect, parity, parity_of_sum
+from ctrl.exact.lattice import LOG_REACH, REACH, UNIT, Lattice, Source, expect, log_expect, parity, parity_of_sum, shrink
+from ctrl.exact.linear_doob import require_doob
 from ctrl.exact.plane_chain import WIDTH, PlaneChain, Pullback, back, components, directions, plane_chain, plane_terminal, plane_truth, states
+from ctrl.exact.plane_optimum import PlaneOptimum
 from ctrl.exact.truth import Advantage, ExactGradient, Truth, Value
 from ctrl.policy import Policy
 from ctrl.problem import Problem
@@ -33,7 +36,9 @@ TRUSTED = 6.5  # V is asked for inside this many: given a state at 6.5, the edge
 RESOLUTION, COARSE = 1.25, 0.8  # spacings per standard deviation of one step: of an answer, and of a look at where the chain is
 ALIASING = 1e-5  # what half of the nodes may miss, so that all of them miss about 1e-10
 MOST, MOST_TOGETHER = 4_000_000, 30_000_000  # nodes of one lattice, and of all
+MOST_VISITS = 3e9  # of nodes, by all windows of one step: seconds
 MOST_FOR_REWARD = 1_000_000  # ... of the last lattice, when the reward asks for more than the chain does
+GROWTHS, ENOUGH = 5, 8.0  # of the optimum's room, until it holds so many standard deviations of the optimal chain
 EDGE_DENSITY = 1e-20  # of the peak
 
 
@@ -90,6 +95,37 @@ def advantage(problem: Problem, policy: Policy, grid: TimeGrid) -> Advantage:
     return Advantage(problem, policy, grid, value(problem, policy, grid))
 
 
+def optimum(problem: Problem, grid: TimeGrid, resolution: float | None = None) -> PlaneOptimum:
+    r"""The mean-shift optimum J* of a chain in the plane for any score and reward: smoothing, then a Moreau envelope, step by step.
+
+        V*_i(x) = sup_y { e^{-rho D} E V*_{i+1}(y + eta g sqrt(D) xi) - lambda kappa |y - z|^2 / (h^2 D) },   z = x + D (-f x + h s(x))
+        2 lambda kappa (a* - s)(x) = h e^{-rho D} E[ grad V*_{i+1}(X_{i+1}) | X_i = x ]      (stationarity)
+
+    The supremum is global. Where its argument jumps V* has a kink, which the trapezoid rule resolves to second order only: `ties` counts
+    such nodes, and J* is good to 1e-8 where they carry no mass. `truth` runs the policy by `evaluate`: what it falls short of J* is second
+    order in the policy's error, and an independent check.
+    Needs eta > 0, kl_weight > 0 and entropy_weight = 0; ValueError where the optimal chain has no bound.
+    Source: theory.md, section 9 (i).   Checked: tests/test_plane.py::test_optimum_of_products_of_lines
+    """
+    problem.require_path_kl()
+    if problem.kl_weight == 0:
+        raise ValueError("kl_weight: expected a positive weight (the optimum is unbounded without a penalty), got 0")
+    if problem.entropy_weight > 0:
+        raise ValueError(f"entropy_weight: expected 0 for the optimum of mean actions in the plane, got {problem.entropy_weight:g}")
+    chain = plane_chain(problem, problem.pretrained(grid), grid)
+    plan = _plan(chain)
+    for _ in range(GROWTHS):
+        solution = _smooth(_propagated(chain, plan, None)) if resolution is None else _propagated(chain, _Plan.over(plan.points), resolution)
+        mass = tuple(p * lattice.area for p, lattice in zip(solution.density, solution.lattices, strict=True))
+        out = plane_optimum.solve(chain, solution.lattices, mass, resolution is not None, evaluate)
+        steered = PlaneChain(problem, out.policy, grid)
+        if all(np.allclose(lattice.nearest(x), x) for lattice, x in zip(solution.lattices, steered.hull(ENOUGH), strict=True)):
+            return out
+        plan = plan._replace(points=np.concatenate([plan.points, steered.hull(WIDTH)], axis=1))
+    raise ValueError(f"kl_weight: expected a weight large enough to bound the objective, got {problem.kl_weight:g} (the optimal chain still "
+                     f"leaves the room of {GROWTHS} attempts)")
+
+
 @dataclass(frozen=True, eq=False)
 class Doob:
     r"""The Doob transform of the pre-trained chain by e^{r/lambda} in the plane: the optimum when whole kernels are free.
@@ -128,10 +164,7 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
     Source: theory.md, section 9 (ii).   Checked: tests/test_plane.py::test_doob
     """
     chain = plane_chain(problem, problem.pretrained(grid), grid)
-    problem.require_path_kl()
-    if problem.kl_weight == 0 or problem.discount > 0:
-        raise ValueError(f"problem: expected kl_weight > 0 and discount 0 for Doob's transform, got kl_weight "
-                         f"{problem.kl_weight:g} and discount {problem.discount:g}")
+    require_doob(problem)
     plan = _plan(chain)
     for _ in range(6):
         if (out := _doob_on(chain, _propagated(chain, plan, None))) is not None:
@@ -166,8 +199,10 @@ def _doob_on(chain: PlaneChain, solution: _Solution) -> Doob | None:
             error = tilted.ravel() @ missed / tilted.sum()
             if np.max(error) <= ALIASING:
                 break
-            lattices[i + 1] = lattices[i + 1].finer(_shrink(error))
-            _affordable(chain, lattices[i + 1], 0)
+            lattices[i + 1] = finer = lattices[i + 1].finer(shrink(error, ALIASING))
+            if finer.size > MOST or lattices[i].size * finer.window(LOG_REACH) > MOST_VISITS:
+                raise ValueError(f"reward: expected e^(r / kl_weight) smooth enough for {MOST_VISITS:g} visits of nodes in step {i}, got one of "
+                                 f"which half of the nodes miss {np.max(error):.1g} (raise kl_weight, smooth the reward, or use more steps)")
             on(i + 1, lattices[i + 1])
         if not _within(tilted):
             return None
@@ -267,30 +302,26 @@ class _Plan(NamedTuple):
         return Lattice.around(frame, self.points[i], np.minimum(np.minimum(1, widths) / resolution, self.spacing[i]))
 
 
-def _affordable(chain: PlaneChain, lattice: Lattice, before: int) -> None:
-    if lattice.size > MOST or before + lattice.size > MOST_TOGETHER:
+def _affordable(chain: PlaneChain, lattice: Lattice, before: list[Lattice]) -> None:
+    """ValueError for one more lattice that costs too much, given those of the times before."""
+    visits = before[-1].size * lattice.window(REACH) if before else 0
+    if lattice.size > MOST or sum(b.size for b in before) + lattice.size > MOST_TOGETHER or visits > MOST_VISITS:
         smallest = np.sqrt(np.min(np.sum(chain.frames**2, axis=1)))
         raise ValueError(f"grid: expected steps that {MOST} nodes resolve ({MOST_TOGETHER} for all steps together), got "
                          f"{chain.grid.steps} steps with noise down to {smallest:.3g}, which need a lattice of "
-                         f"{lattice.shape[0]} x {lattice.shape[1]} (use fewer or longer steps)")
-
-
-def _shrink(error: Array) -> Array:
-    """Factors for the spacings that bring an error exp(-const/spacing^2) down to ALIASING, (2,)."""
-    wanted = np.sqrt(np.log(np.clip(error, ALIASING, 0.9)) / math.log(ALIASING))
-    return np.where(error > ALIASING, np.clip(0.95 * wanted, 0.5, 0.9), 1.0)
+                         f"{lattice.shape[0]} x {lattice.shape[1]} (use fewer or longer steps, or a smoother policy)")
 
 
 def _propagated(chain: PlaneChain, plan: _Plan, resolution: float | None) -> _Solution:
     """The law of the chain, one time after the other; a lattice that turns out too coarse for what follows is refined on the way."""
-    steps, fineness, total = chain.grid.steps, resolution or RESOLUTION, 0
+    steps, fineness = chain.grid.steps, resolution or RESOLUTION
     lattices: list[Lattice] = []
     densities, gap2, missed = [], np.empty(steps), np.empty((steps, 2))
     source: Source | None = None
 
     def law(lattice: Lattice) -> Array:
         """Density of the time that has been reached, on any lattice."""
-        _affordable(chain, lattice, total)
+        _affordable(chain, lattice, lattices)
         if source is None:
             return chain.start_density(lattice)
         return source.onto(lattice, reach=plan.reach[len(lattices) - 1]).sum(axis=(0, 1))
@@ -299,7 +330,7 @@ def _propagated(chain: PlaneChain, plan: _Plan, resolution: float | None) -> _So
     density = law(lattice)
     for i in range(steps):
         following = plan.lattice(chain, i + 1, fineness)
-        _affordable(chain, following, total + lattice.size)
+        _affordable(chain, following, [*lattices, lattice])
         while True:
             centre, gap = chain.step(i, lattice.nodes())
             mass = density * lattice.area
@@ -309,11 +340,11 @@ def _propagated(chain: PlaneChain, plan: _Plan, resolution: float | None) -> _So
             missed[i] = np.maximum(following.area * parity(parts), parity_of_sum(squared))
             if resolution is not None or np.max(missed[i]) <= ALIASING:
                 break
-            lattice = lattice.finer(_shrink(missed[i]))
+            lattice = lattice.finer(shrink(missed[i], ALIASING))
             density = law(lattice)
         lattices.append(lattice)
         densities.append(density)
-        gap2[i], total, source = squared.sum(), total + lattice.size, leaving
+        gap2[i], source = squared.sum(), leaving
         lattice, density = following, parts.sum(axis=(0, 1))
     assert source is not None
     return _Solution(chain, (*lattices, lattice), (*densities, density), gap2, missed, source)
@@ -324,8 +355,9 @@ def _smooth(solution: _Solution) -> _Solution:
     chain, lattice, density = solution.chain, solution.lattices[-1], solution.density[-1]
     before = sum(other.size for other in solution.lattices[:-1])
     while np.max(error := parity_of_sum(density * _reward_on(chain.problem, lattice))) > ALIASING:
-        finer = lattice.finer(_shrink(error))
-        if finer.size > MOST_FOR_REWARD or before + finer.size > MOST_TOGETHER:
+        finer = lattice.finer(shrink(error, ALIASING))
+        visits = solution.lattices[-2].size * finer.window(REACH)
+        if finer.size > MOST_FOR_REWARD or before + finer.size > MOST_TOGETHER or visits > MOST_VISITS:
             warnings.warn(f"reward: not smooth on {lattice.shape[0]} x {lattice.shape[1]} nodes; expectations are off by up to "
                           f"{np.max(error):.1g}, relative", RuntimeWarning, stacklevel=5)
             break
@@ -352,7 +384,7 @@ def _plan(chain: PlaneChain) -> _Plan:
         mean = mass @ z
         boxes[i] = (mean + corners * np.sqrt(mass @ (z - mean) ** 2)) @ lattice.frame.T
         if i < len(coarse.missed):
-            spacing[i] = lattice.step * np.where(coarse.missed[i] > ALIASING, _shrink(coarse.missed[i]), np.inf)
+            spacing[i] = lattice.step * np.where(coarse.missed[i] > ALIASING, shrink(coarse.missed[i], ALIASING), np.inf)
     return plan._replace(points=np.concatenate([plan.points, boxes], axis=1), spacing=spacing)
 
 

@@ -44,6 +44,7 @@ SHORT = VP(beta_min=0.1, beta_max=1.0)  # a noising that forgets little
 FINITE = 200  # steps of the chain whose step size is taken for bias
 FLAT = 1e-6  # range of the reward over lambda, below which there is nothing to see
 FEW = 8  # steps of the chain whose optima are told apart by paths; and on the line, of dense kernels, of derivatives, of a quick run
+Best = exact.Optimum | exact.LineOptimum | exact.PlaneOptimum
 DIVERGENCES: tuple[Divergence, ...] = (KL(), ForwardKL(), ChiSquare(), Alpha(0.5), Alpha(3.0))
 
 
@@ -65,19 +66,21 @@ class Optima:
     case: Case
 
     @cached_property
-    def best(self) -> exact.Optimum | exact.LineOptimum:
+    def best(self) -> Best:
         return exact.optimum(self.case.problem, self.case.grid)
 
     @cached_property
     def value(self) -> exact.Value:
-        """V*: the value of the optimal policy, on the line as its solver carries it back."""
-        if isinstance(self.best, exact.LineOptimum):
-            return self.best.value
-        return exact.value(self.case.problem, self.best.policy, self.case.grid)
+        """V*: the value of the optimal policy; where the chain is not linear, as its solver carries it back."""
+        if isinstance(self.best, exact.Optimum):
+            return exact.value(self.case.problem, self.best.policy, self.case.grid)
+        return self.best.value
 
     @cached_property
     def doob(self) -> LinearDoob | Doob:
-        return exact.doob(self.case.problem, self.case.grid)
+        found = exact.doob(self.case.problem, self.case.grid)
+        assert not isinstance(found, exact.plane.Doob)  # `solved` keeps the plane out
+        return found
 
     @cached_property
     def pretrained(self) -> exact.Truth:
@@ -254,7 +257,7 @@ def slopes_in_lambda(at: Optima) -> tuple[Array, Array]:
     """d/dlambda of J*, E* r and the penalty by four differences, error e^4, and their values, (3,) each."""
     weight, e = at.case.problem.kl_weight, 0.01 * at.case.problem.kl_weight
 
-    def numbers(best: exact.Optimum | exact.LineOptimum) -> Array:
+    def numbers(best: Best) -> Array:
         return np.array([best.objective, expected_reward(best), best.penalty])
 
     weights = [weight + k * e for k in (-2, -1, 1, 2)]
@@ -262,9 +265,9 @@ def slopes_in_lambda(at: Optima) -> tuple[Array, Array]:
     return np.array([1, -8, 8, -1]) @ around / (12 * e), numbers(at.best)
 
 
-def expected_reward(best: exact.Optimum | exact.LineOptimum) -> float:
+def expected_reward(best: Best) -> float:
     """E* r(X_N)."""
-    return best.expected_reward if isinstance(best, exact.LineOptimum) else best.truth.expected_reward
+    return best.truth.expected_reward if isinstance(best, exact.Optimum) else best.expected_reward
 
 
 def continuous_objective(case: Case) -> float | None:
