@@ -17,11 +17,12 @@ def small(problem: ctrl.Problem, name: str = "small") -> Case:
     return Case(name, problem, quick=True, seed=0, steps=20)
 
 
-@pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d])
+@pytest.mark.parametrize("make", [zoo.gaussian_pull_2d, zoo.mixture_bump_1d, zoo.digits_plane, zoo.double_well_2d])
 def test_all_verdicts_hold(make):
     rows = list(PathKL().checks(small(make(), make.__name__)))
     assert [row.reason for row in rows if row.holds is False or "underpowered" in row.reason] == []
-    assert {row.check for row in rows} >= {"exact", "monte_carlo", "limit", "planted", "skipped"}
+    assert {row.check for row in rows} >= {"exact", "monte_carlo", "planted", "skipped"}
+    assert any(row.check == "limit" for row in rows) != small(make()).planar and any("= path KL" in row.reason for row in rows)
     assert sum(row.check == "planted" for row in rows) >= 12
 
 

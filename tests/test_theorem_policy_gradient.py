@@ -23,6 +23,14 @@ def test_all_verdicts_hold():
     assert sum(row.check == "planted" for row in rows) >= 28
 
 
+def test_all_verdicts_hold_in_the_plane():
+    """On a brief chain, whose gradient lattices know; no estimator is compared with another alone."""
+    rows = list(PolicyGradient().checks(small(zoo.digits_plane(), "digits_plane")))
+    assert [row.reason for row in rows if row.holds is False or "underpowered" in row.reason] == []
+    assert sum("= grad J" in row.reason for row in rows) == 16
+    assert sum(row.check == "planted" for row in rows) == 25
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_richardson_difference_is_the_exact_gradient(eta):
     case = small(zoo.gaussian_pull_2d(eta))

@@ -40,8 +40,17 @@ def test_equation_with_discount_and_entropy():
     assert [row.reason for row in rows if not row.holds] == []
 
 
-def test_an_open_problem_is_checked_where_it_can_be():
-    rows = list(THEOREM.checks(Case("digits_plane", zoo.digits_plane(), quick=True, seed=0)))
+@pytest.mark.parametrize("make", [zoo.digits_plane, zoo.double_well_2d])
+def test_truth_in_the_plane(make):
+    rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0)))
+    assert [row.reason for row in rows if row.holds is False] == []
+    assert [sum(row.check == check for row in rows) for check in ("exact", "monte_carlo", "planted", "skipped")] == [4, 3, 7, 1]
+    at = solved(Case(make.__name__, make(), quick=True, seed=1, steps=6).at(0.7, discount=0.5))[0]
+    assert [row.reason for row in THEOREM._identities(at) if not row.holds] == []
+
+
+def test_an_open_problem_is_checked_where_it_can_be(mixture_in_space):
+    rows = list(THEOREM.checks(Case("mixture in space", mixture_in_space, quick=True, seed=0)))
     assert [row.reason for row in rows if row.holds is False] == []
     assert [row.check for row in rows] == ["monte_carlo", "monte_carlo", "skipped"]
 

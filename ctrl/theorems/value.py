@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 STATES = 6  # random states of an exact identity
 NEGLIGIBLE = 2e-13  # weight of a quadrature node that is left out
 FAINT = 1e-10  # density, of its peak, below which a lattice node is left out: V is not asked for so far out
+NEAR, OUT = 1.5, 6.3  # deviations of states, and of the noise of a step from them, in the plane: together within the 6.5 to which V is known
 KNOTS = 600  # of the spline that stands in for V along simulated paths on the line
 
 
@@ -40,7 +41,8 @@ def rule(case: Case, variables: int) -> tuple[Array, Array]:
     r"""Nodes (m, variables) and weights (m,) of a rule for standard normals.
 
         linear cases: +-sqrt(v) e_j with equal weights, exact to degree 3 in any dimension
-        on the line: the trapezoid rule, 0.3 apart to +-6.9 (a mixture's V is too steep for few Gauss-Hermite nodes: 7e-6 with 20)
+        on the line, and for two variables in the plane: the trapezoid rule, 0.3 apart to +-6.9 (in the plane 0.2, to 6.3: few and long
+        steps; a mixture's V is too steep for few Gauss-Hermite nodes: 7e-6 with 20)
         else: Gauss-Hermite, 8 nodes a variable
 
     Source: theory.md, section 7.   Checked: tests/test_theorem_value.py::test_rules_integrate_what_they_claim
@@ -49,12 +51,12 @@ def rule(case: Case, variables: int) -> tuple[Array, Array]:
         cross = np.sqrt(max(variables, 1)) * np.eye(variables)
         points = np.concatenate([cross, -cross]) if variables else np.zeros((1, 0))
         return points, np.full(len(points), 1 / len(points))
-    if case.problem.dim == 1:
-        x = np.linspace(-6.9, 6.9, 47)
+    if case.problem.dim == 1 or (case.solvable and variables == 2):
+        x = np.linspace(-6.9, 6.9, 47) if case.problem.dim == 1 else np.linspace(-OUT, OUT, 64)
         w = np.exp(-0.5 * x**2)
     else:
         x, w = np.polynomial.hermite_e.hermegauss(8)
-    weights = np.array([np.prod(point) for point in product(w / w.sum(), repeat=variables)])
+    weights = np.array(list(product(w / w.sum(), repeat=variables))).prod(axis=1)
     keep = weights > NEGLIGIBLE  # far corners weigh nothing, and lie where no lattice reaches
     return np.array(list(product(x, repeat=variables)))[keep], weights[keep]
 
@@ -83,14 +85,14 @@ def ahead(chain: LinearChain, i: int) -> Iterator[tuple[Array, Array, Array]]:
 
 
 def law_nodes(case: Case, law: exact.Terminal) -> tuple[Array, Array]:
-    """Nodes (m, d) and weights (m,) of a chain's law: exact to degree 5 for a linear chain; on the line its lattice."""
+    """Nodes (m, d) and weights (m,) of a chain's law: exact to degree 5 for a linear chain; else those of its lattice."""
     if case.linear:
         z, w = cubature(case.problem.dim)
         return law.mean + z @ np.linalg.cholesky(law.cov).T, w
     assert law.points is not None and law.density is not None
-    keep = law.density > FAINT * law.density.max()
-    width = (law.points[-1] - law.points[0]) / (len(law.points) - 1)
-    return law.points[keep, None], width * law.density[keep]
+    density, points = law.density.ravel(), law.points.reshape(-1, case.problem.dim)
+    keep = density > FAINT * density.max()
+    return points[keep], density[keep] / density.sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +154,11 @@ class Solved:
 
     @cached_property
     def value(self) -> exact.Value:
-        return exact.value(self.case.problem, self.policy, self.case.grid)
+        return self.case.value if self.policy is self.case.policy else exact.value(self.case.problem, self.policy, self.case.grid)
 
     @cached_property
     def truth(self) -> exact.Truth:
-        return exact.evaluate(self.case.problem, self.policy, self.case.grid)
+        return self.case.truth if self.policy is self.case.policy else exact.evaluate(self.case.problem, self.policy, self.case.grid)
 
 
 def solved(case: Case) -> list[Solved]:
@@ -166,9 +168,11 @@ def solved(case: Case) -> list[Solved]:
 
 
 def random_states(case: Case, i: int, count: int = STATES) -> Array:
-    """States (n, d) where the chain lives at step i: from the noised data law's mean and covariance."""
-    law = case.problem.marginal(float(case.grid.times[i]))
-    return law.mean + case.noise(f"states {i}", count).start(case.problem.dim) @ np.linalg.cholesky(law.cov).T
+    """States (n, d) where the chain lives at step i: from the noised data law's mean and covariance; in the plane not farther than NEAR."""
+    law, z = case.problem.marginal(float(case.grid.times[i])), case.noise(f"states {i}", count).start(case.problem.dim)
+    if case.planar:
+        z = z * np.minimum(1, NEAR / np.linalg.norm(z, axis=1, keepdims=True))
+    return law.mean + z @ np.linalg.cholesky(law.cov).T
 
 
 def some_steps(case: Case) -> tuple[int, ...]:
@@ -241,13 +245,13 @@ def shifted(value: exact.Value, i: int, x: Array, h: float = 1e-3) -> Array:
 
 
 def start_mean(case: Case, value: exact.Value) -> float:
-    r"""E V_0(X_0), the start law integrated component by component: Gauss-Hermite, or trapezoid on +-7.4 deviations."""
+    r"""E V_0(X_0), the start law integrated component by component: by `rule`, on the line trapezoid on +-7.4 deviations."""
     law = case.problem.start_law
     if isinstance(law, Gaussian):
         parts = [(1.0, law.mean, law.cov)]
     else:
         parts = list(zip(law.weights, law.means, law.covs, strict=True))
-    if case.linear:
+    if case.linear or case.planar:
         z, w = rule(case, case.problem.dim)
     else:
         z = np.linspace(-7.4, 7.4, 401 if case.problem.eta > 0 else 8001)[:, None]  # without noise V is as steep as the flow
@@ -275,10 +279,14 @@ class ValueMartingale(Theorem):
         r"\partial_t V + (-f x + h \mu) \cdot \nabla V + \frac{1}{2} \eta^2 g^2\, \Delta V = \lambda \kappa\, |\mu - s|^2,\qquad V(T, x) = r(x)")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
+        case = case.brief.at(0.5) if case.planar and case.quick else case.brief
         if not case.solvable:
             yield from self._last_step(case)
             yield self.skipped(case, "V before the last step has no exact truth here, and any estimate of it from paths would be "
                                      "compared with itself")
+            return
+        if case.planar:
+            yield from self._in_the_plane(case)
             return
         for eta in (*case.etas, 0.0):
             both = solved(case.at(eta))
@@ -293,6 +301,18 @@ class ValueMartingale(Theorem):
                 yield from self._planted(both[0])
                 if eta == 1 or case.linear or not case.quick:
                     yield from self._limits(both[0])
+
+    def _in_the_plane(self, case: Case) -> Iterator[Verdict]:
+        """Mean actions; each truth costs: in a quick run at eta = 1/2 alone, where everything about h shows."""
+        if case.problem.entropy_weight > 0:
+            yield self.skipped(case, "mean actions have no objective with an entropy weight")
+            return
+        yield self.skipped(case, "in the plane: sampled actions (a rule in four variables), eta = 0 (V is as steep as the flow), limits (many steps)")
+        for eta in (case.problem.eta,) if case.quick else case.etas:
+            at = solved(case.at(eta))[0]
+            yield from self._identities(at)
+            yield from self._sampled(at)
+            yield from self._planted(at)
 
     def _mean_actions(self, both: list[Solved]) -> list[Solved]:
         return [at for at in both if at.actions == "mean actions"]
