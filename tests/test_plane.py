@@ -299,6 +299,21 @@ def test_digits_plane_against_simulated_paths():
 # ---- Doob ------------------------------------------------------------------------------------------------------------
 
 
+def test_action_value_at_the_last_step():
+    """V_N = r is known itself: a given action leaves less noise than the lattice of a sampled policy resolves (once 2e-6 off)."""
+    problem = zoo.double_well_2d(0.5)
+    grid, x = problem.grid(8), np.array([[0.4, -0.3], [-1.0, 0.2], [1.5, 0.7]])
+    policy, c = departing(problem).with_exploration([[0.5, 0.1], [0.1, 0.5]]), problem.coefficients(grid)
+    a = policy.mean(grid, 7, x) + 1.0
+    z = np.linspace(-7, 7, 71)
+    nodes, weight = np.stack(np.meshgrid(z, z, indexing="ij"), axis=-1).reshape(-1, 1, 2), np.exp(-0.5 * z**2)
+    y = x + c.dt[7] * (-c.f[7] * x + c.h[7] * a) + c.noise[7] * nodes
+    r = problem.reward.value(y.reshape(-1, 2)).reshape(-1, 3)
+    cost = problem.kl_weight * c.kappa[7] * c.dt[7] * np.sum((a - problem.score(grid.times[7], x)) ** 2, axis=1)
+    expected = np.outer(weight, weight).ravel() @ r / weight.sum() ** 2 - cost
+    np.testing.assert_allclose(plane.value(problem, policy, grid).action_value(7, x, a), expected, rtol=1e-9)
+
+
 def test_doob():
     """Against a Gaussian integral, and lines side by side."""
     pull = zoo.gaussian_pull_2d()

@@ -37,8 +37,15 @@ def test_limit_with_discount_and_entropy():
     assert [row.reason for row in THEOREM._limits(at) if not row.holds] == []
 
 
-def test_the_last_step_of_an_open_problem():
-    rows = list(THEOREM.checks(Case("digits_plane", zoo.digits_plane(), quick=True, seed=0)))
+@pytest.mark.parametrize("make", [zoo.digits_plane, zoo.double_well_2d])
+def test_truth_in_the_plane(make):
+    rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0)))
+    assert [row.reason for row in rows if row.holds is False] == []
+    assert [sum(row.check == check for row in rows) for check in ("exact", "monte_carlo", "planted", "skipped")] == [4, 2, 7, 2]
+
+
+def test_the_last_step_of_an_open_problem(mixture_in_space):
+    rows = list(THEOREM.checks(Case("mixture in space", mixture_in_space, quick=True, seed=0)))
     assert [row.reason for row in rows if row.holds is False] == []
     assert {row.check for row in rows} == {"exact", "planted", "skipped"}
 

@@ -471,10 +471,11 @@ class _KernelValue(Value):
         centre, cost = chain.moved(i, x, a), chain.cost(i, a - chain.score(i, x))
         _require(lattice, i + 1, centre)
         sd = chain.c.noise[i] / np.linalg.norm(chain.frames[i], axis=0)
-        if np.all(sd >= lattice.step):
+        if i + 1 < chain.grid.steps and np.all(sd >= lattice.step):
             return chain.decay(i) * self._moments(i, centre, sd)[:, 0] - cost
-        # an action given leaves less noise than the lattice resolves: V_{i+1} itself, at Gauss-Hermite nodes
-        xi, weight = np.polynomial.hermite_e.hermegauss(16 if chain.c.noise[i] > 0 else 1)
+        # r is known itself, and an action given may leave less noise than the lattice resolves: V_{i+1} at the nodes of a rule
+        xi = np.linspace(-6.4, 6.4, 33) if chain.c.noise[i] > 0 else np.zeros(1)
+        weight = np.exp(-0.5 * xi**2)
         noise = chain.c.noise[i] * np.stack(np.broadcast_arrays(xi[:, None], xi), axis=-1).reshape(-1, 2)
         nodes = (centre[:, None] + noise).reshape(-1, 2)
         weights = np.outer(weight, weight).ravel() / weight.sum() ** 2

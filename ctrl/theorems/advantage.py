@@ -64,10 +64,15 @@ def actions(case: Case, policy: Policy, i: int, x: Array) -> Actions:
     """Quadrature nodes of a ~ N(mu, Sigma)."""
     factor, mu = policy.exploration_factor(case.grid), policy.mean(case.grid, i, x)
     assert factor is not None
-    z, weights = rule(case, x.shape[1])
+    z, weights = rule(case, x.shape[1], dense=False)  # q is a polynomial in a
     shift, slope = z @ factor[i].T, z @ np.linalg.inv(factor[i])
     a = mu + shift[:, None, :]
     return Actions(mu, case.problem.score(float(case.grid.times[i]), x), a, weights, np.broadcast_to(slope[:, None, :], a.shape))
+
+
+def rate(at: Solved) -> exact.Advantage:
+    """q of a solved policy, by the value that it has."""
+    return exact.Advantage(at.case.problem, at.policy, at.case.grid, at.value)
 
 
 def tried(case: Case, policy: Policy, i: int, x: Array) -> Array:
@@ -123,8 +128,22 @@ class AdvantageRate(Theorem):
                 yield from self._sampled(at)
                 if eta == 1 or case.linear or not case.quick:
                     yield from self._limits(at)
+        if case.planar:
+            yield from self._in_the_plane(case.brief.at(0.5) if case.quick else case.brief)
+        elif not case.solvable:
+            yield self.skipped(case, "q before the last step needs grad V, which has no exact truth here")
+
+    def _in_the_plane(self, case: Case) -> Iterator[Verdict]:
+        """On a brief chain; each truth costs: in a quick run at eta = 1/2 alone, where everything about h shows."""
         if not case.solvable:
             yield self.skipped(case, "q before the last step needs grad V, which has no exact truth here")
+            return
+        for eta in (case.problem.eta,) if case.quick else case.etas:
+            at = solved(case.at(eta))[-1]
+            yield from self._centred(at)
+            yield from self._planted(at)
+            yield from self._sampled(at)
+        yield self.skipped(case, "limits, and the q form of the chain before the last step: many steps, or a rule in four variables, in the plane")
 
     def _value(self, at: Solved) -> exact.Value:
         return at.value if at.case.solvable else LastStep(at.case)
@@ -162,7 +181,7 @@ class AdvantageRate(Theorem):
     def _centred(self, at: Solved) -> Iterator[Verdict]:
         """E_pi q = 0, E_pi[Q_i - V_i] = -gamma D H, and V.action_value against one-step quadrature."""
         case, where, allowed = at.case, at_eta(at.case), tolerance(at.case)
-        q, bonus = exact.advantage(case.problem, at.policy, case.grid), entropy_bonus(case, at.policy)
+        q, bonus = rate(at), entropy_bonus(case, at.policy)
         rates, gaps, values, direct = [], [], [], []
         for i in some_steps(case):
             x = random_states(case, i)
@@ -175,7 +194,8 @@ class AdvantageRate(Theorem):
             direct.append(decay(case, i) * b.mean(b.next(at.value, i + 1)) - b.mean(b.cost))
         yield self.exact(case, np.concatenate(rates), 0.0, 1e-9, f"{where}E_π q = 0 at random states")
         extra = " (+ γ D H)" if case.problem.entropy_weight > 0 else ""
-        yield self.exact(case, np.concatenate(gaps), 0.0, allowed, f"{where}E_π[Q_i - V_i]{extra} = 0 of the sampled chain")
+        if not case.planar:  # nodes of both actions and noise would be needed
+            yield self.exact(case, np.concatenate(gaps), 0.0, allowed, f"{where}E_π[Q_i - V_i]{extra} = 0 of the sampled chain")
         yield self.exact(case, np.concatenate(values), np.concatenate(direct), allowed,
                          f"{where}Q(x, a) against one-step quadrature")
 
@@ -183,7 +203,7 @@ class AdvantageRate(Theorem):
         """Wrong rates against E_pi q = 0."""
         case, where, i = at.case, at_eta(at.case), at.case.grid.steps // 2
         x = random_states(case, i)
-        pi, q = actions(case, at.policy, i, x), exact.advantage(case.problem, at.policy, case.grid)
+        pi, q = actions(case, at.policy, i, x), rate(at)
         Q = np.stack([at.value.action_value(i, x, a) for a in pi.a])
         yield self.planted(case, pi.mean(Q), 0.0, 1e-9, f"{where}Q for q")
         if (price := case.problem.kl_weight * float(case.problem.coefficients(case.grid).kappa[i])) == 0:
@@ -197,7 +217,7 @@ class AdvantageRate(Theorem):
     def _sampled(self, at: Solved) -> Iterator[Verdict]:
         """q along simulated paths of sampled actions, and Q of one step."""
         case, where, c = at.case, at_eta(at.case), at.case.problem.coefficients(at.case.grid)
-        q = exact.advantage(case.problem, at.policy, case.grid)
+        q = rate(at)
         cov, every = at.policy.exploration_cov(case.grid), max(case.grid.steps // 10, 1)
         assert cov is not None
         tested = range(0, case.grid.steps, every)

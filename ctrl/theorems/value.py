@@ -37,12 +37,12 @@ KNOTS = 600  # of the spline that stands in for V along simulated paths on the l
 # ---- one step of the chain, by quadrature --------------------------------------------------------------------------------
 
 
-def rule(case: Case, variables: int) -> tuple[Array, Array]:
+def rule(case: Case, variables: int, dense: bool = True) -> tuple[Array, Array]:
     r"""Nodes (m, variables) and weights (m,) of a rule for standard normals.
 
         linear cases: +-sqrt(v) e_j with equal weights, exact to degree 3 in any dimension
-        on the line, and for two variables in the plane: the trapezoid rule, 0.3 apart to +-6.9 (in the plane 0.2, to 6.3: few and long
-        steps; a mixture's V is too steep for few Gauss-Hermite nodes: 7e-6 with 20)
+        on the line, and if dense for two variables in the plane: the trapezoid rule, 0.3 apart to +-6.9 (in the plane 0.2, to 6.3: few and
+        long steps; a mixture's V is too steep for few Gauss-Hermite nodes: 7e-6 with 20)
         else: Gauss-Hermite, 8 nodes a variable
 
     Source: theory.md, section 7.   Checked: tests/test_theorem_value.py::test_rules_integrate_what_they_claim
@@ -51,7 +51,7 @@ def rule(case: Case, variables: int) -> tuple[Array, Array]:
         cross = np.sqrt(max(variables, 1)) * np.eye(variables)
         points = np.concatenate([cross, -cross]) if variables else np.zeros((1, 0))
         return points, np.full(len(points), 1 / len(points))
-    if case.problem.dim == 1 or (case.solvable and variables == 2):
+    if case.problem.dim == 1 or (dense and case.planar and case.solvable and variables == 2):
         x = np.linspace(-6.9, 6.9, 47) if case.problem.dim == 1 else np.linspace(-OUT, OUT, 64)
         w = np.exp(-0.5 * x**2)
     else:
