@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import FAST, exp_64
 from ctrl.schedule import Schedule, TimeGrid
 
 LOG_2PI = float(np.log(2 * np.pi))
@@ -226,64 +227,121 @@ class GaussianMixture:
         return self.from_normals(noise.start(self.dim), noise.component(self.weights))
 
 
-@njit(cache=True, error_model="numpy")
-def _component_scores_at(x, means, precisions, log_normalisers, s, rho):
-    """s_j and rho_j at one point x (d,), into s (K, d) and rho (K,); returns the log-density."""
-    top = -np.inf
-    for j in range(len(means)):
-        rho[j] = log_normalisers[j]
-        for a in range(len(x)):
-            s[j, a] = 0.0
-            for b in range(len(x)):
-                s[j, a] -= precisions[j, a, b] * (x[b] - means[j, b])
-            rho[j] += 0.5 * s[j, a] * (x[a] - means[j, a])
-        top = max(top, rho[j])
-    for j in range(len(means)):
-        rho[j] = np.exp(rho[j] - top)
-    total = rho.sum()
-    rho /= total
-    return top + np.log(total)
+BLOCK = 128  # points at a time: rows of numbers side by side become vector instructions
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy", fastmath=FAST)
+def _pull(z, mean, precision, gap, pull):
+    """gap = x - m and pull = C^{-1} (x - m) of one component, rows (d, BLOCK)."""
+    for a in range(len(z)):
+        m = mean[a]
+        for k in range(BLOCK):
+            gap[a, k] = z[a, k] - m
+    for a in range(len(z)):
+        p = precision[a, 0]
+        for k in range(BLOCK):
+            pull[a, k] = p * gap[0, k]
+        for b in range(1, len(z)):
+            p = precision[a, b]
+            for k in range(BLOCK):
+                pull[a, k] += p * gap[b, k]
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def _weights(x, begin, means, precisions, log_normalisers, z, gap, pull, top, total, weight):
+    """Points begin ... to rows z; per component w_j N_j(x) / e^top to rows of weight, their sum to total, the highest exponent to top."""
+    for a in range(len(z)):
+        for k in range(BLOCK):
+            z[a, k] = x[min(begin + k, len(x) - 1), a]
+    for j in range(len(means)):
+        _pull(z, means[j], precisions[j], gap, pull)
+        level = weight[j]
+        for k in range(BLOCK):
+            level[k] = log_normalisers[j]
+        for a in range(len(z)):
+            for k in range(BLOCK):
+                level[k] -= 0.5 * gap[a, k] * pull[a, k]
+        for k in range(BLOCK):
+            top[k] = level[k] if j == 0 or level[k] > top[k] else top[k]
+    for k in range(BLOCK):
+        total[k] = 0.0
+    for j in range(len(means)):
+        level = weight[j]
+        for k in range(BLOCK):
+            w = exp_64(level[k] - top[k])
+            level[k] = w
+            total[k] += w
+
+
+@njit(error_model="numpy")
+def _rows(d, count):
+    """z, gap, pull (d, BLOCK), top, total (BLOCK,), weight (K, BLOCK)."""
+    return np.empty((d, BLOCK)), np.empty((d, BLOCK)), np.empty((d, BLOCK)), np.empty(BLOCK), np.empty(BLOCK), np.empty((count, BLOCK))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def _mean_score(means, precisions, z, gap, pull, total, weight, score):
+    """score = sum_j rho_j s_j, rows (d, BLOCK)."""
+    score[:] = 0.0
+    for j in range(len(means)):
+        _pull(z, means[j], precisions[j], gap, pull)
+        w = weight[j]
+        for a in range(len(z)):
+            for k in range(BLOCK):
+                score[a, k] -= w[k] * pull[a, k]
+    for a in range(len(z)):
+        for k in range(BLOCK):
+            score[a, k] /= total[k]
+
+
+@njit(cache=True, error_model="numpy", fastmath=FAST)
 def _mixture_log_density(x, means, precisions, log_normalisers):
     """log sum_j w_j N_j(x), (n,)."""
     out = np.empty(len(x))
-    s, rho = np.empty(means.shape), np.empty(len(means))
-    for n in range(len(x)):
-        out[n] = _component_scores_at(x[n], means, precisions, log_normalisers, s, rho)
+    z, gap, pull, top, total, weight = _rows(x.shape[1], len(means))
+    for begin in range(0, len(x), BLOCK):
+        _weights(x, begin, means, precisions, log_normalisers, z, gap, pull, top, total, weight)
+        for k in range(min(BLOCK, len(x) - begin)):
+            out[begin + k] = top[k] + np.log(total[k])
     return out
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", fastmath=FAST)
 def _mixture_scores(x, means, precisions, log_normalisers):
     """sum_j rho_j s_j, (n, d): the same sums as the NumPy form for complex x, without its (n, K, d) arrays."""
-    out = np.zeros(x.shape)
-    s, rho = np.empty(means.shape), np.empty(len(means))
-    for n in range(len(x)):
-        _component_scores_at(x[n], means, precisions, log_normalisers, s, rho)
-        for j in range(len(means)):
-            for a in range(x.shape[1]):
-                out[n, a] += rho[j] * s[j, a]
+    out, score = np.empty(x.shape), np.empty((x.shape[1], BLOCK))
+    z, gap, pull, top, total, weight = _rows(x.shape[1], len(means))
+    for begin in range(0, len(x), BLOCK):
+        _weights(x, begin, means, precisions, log_normalisers, z, gap, pull, top, total, weight)
+        _mean_score(means, precisions, z, gap, pull, total, weight, score)
+        for a in range(x.shape[1]):
+            for k in range(min(BLOCK, len(x) - begin)):
+                out[begin + k, a] = score[a, k]
     return out
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", fastmath=FAST)
 def _mixture_slopes(x, means, precisions, log_normalisers):
     """sum_j rho_j ( (s_j - s)(s_j - s)' - C_j^{-1} ), (n, d, d)."""
     d = x.shape[1]
-    out = np.zeros((len(x), d, d))
-    s, rho, mean = np.empty(means.shape), np.empty(len(means)), np.empty(d)
-    for n in range(len(x)):
-        _component_scores_at(x[n], means, precisions, log_normalisers, s, rho)
-        mean[:] = 0.0
+    out, score, slope = np.empty((len(x), d, d)), np.empty((d, BLOCK)), np.empty((d, d, BLOCK))
+    z, gap, pull, top, total, weight = _rows(d, len(means))
+    for begin in range(0, len(x), BLOCK):
+        _weights(x, begin, means, precisions, log_normalisers, z, gap, pull, top, total, weight)
+        _mean_score(means, precisions, z, gap, pull, total, weight, score)
+        slope[:] = 0.0
         for j in range(len(means)):
-            for a in range(d):
-                mean[a] += rho[j] * s[j, a]
-        for j in range(len(means)):
+            _pull(z, means[j], precisions[j], gap, pull)
+            w = weight[j]
             for a in range(d):
                 for b in range(d):
-                    out[n, a, b] += rho[j] * ((s[j, a] - mean[a]) * (s[j, b] - mean[b]) - precisions[j, a, b])
+                    p = precisions[j, a, b]
+                    for k in range(BLOCK):
+                        slope[a, b, k] += w[k] * ((pull[a, k] + score[a, k]) * (pull[b, k] + score[b, k]) - p)
+        for a in range(d):
+            for b in range(d):
+                for k in range(min(BLOCK, len(x) - begin)):
+                    out[begin + k, a, b] = slope[a, b, k] / total[k]
     return out
 
 

@@ -239,6 +239,10 @@ class Basis(ABC):
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         """Cotangents K (..., d, d), k (..., d) -> (..., p)."""
 
+    def vjp(self, t: float, x: Array, u: Array) -> Array:
+        """The adjoint at K = u x', k = u: (d mu / d theta)' u per path, (n, d), (n, d) -> (n, p)."""
+        return self.adjoint(t, u[:, :, None] * x[:, None, :], u)
+
     def on(self, grid: TimeGrid, theta: Array) -> tuple[Array, Array]:
         """`apply` at every step of a grid: (p,) -> K (N, d, d), k (N, d)."""
         K, k = zip(*(self.apply(float(t), theta) for t in grid.times[:-1]), strict=True)
@@ -307,6 +311,9 @@ class ShiftBasis(Basis):
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         return k
 
+    def vjp(self, t: float, x: Array, u: Array) -> Array:
+        return u
+
     def on(self, grid: TimeGrid, theta: Array) -> tuple[Array, Array]:
         return np.zeros((grid.steps, self.dim, self.dim)), np.tile(theta, (grid.steps, 1))
 
@@ -325,6 +332,10 @@ class ScaleBasis(Basis):
 
     def origin(self, theta: Array) -> Array:
         return np.eye(theta.size)[0]
+
+    def vjp(self, t: float, x: Array, u: Array) -> Array:
+        along = np.einsum("ni,ni->n", x @ self.problem.affine_score(t)[0].T, u)
+        return np.concatenate([along[:, None], u], axis=1)
 
     def adjoint(self, t: float, K: Array, k: Array) -> Array:
         along = np.einsum("ij,...ij->...", self.problem.affine_score(t)[0], K)
@@ -419,7 +430,7 @@ class BasisPolicy(Policy):
         return self.problem.marginal(t).score_jacobian(x) + self.basis.apply(t, self.theta)[0]
 
     def add_vjp(self, out: Array, grid: TimeGrid, i: int, x: Array, u: Array) -> None:
-        out += self.basis.adjoint(float(grid.times[i]), u[:, :, None] * x[:, None, :], u)
+        out += self.basis.vjp(float(grid.times[i]), x, u)
 
     def pullback(self, grid: TimeGrid, K: Array, k: Array) -> Array:
         return self.basis.pullback(grid, K, k)

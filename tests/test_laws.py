@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrl import VP, Gaussian, GaussianMixture
+from ctrl.elementary import exp_32, exp_64
 from ctrl.laws import noised_law, noised_laws
 from ctrl.schedule import TimeGrid
 
@@ -209,3 +210,29 @@ def test_bad_inputs_are_named_in_one_line(name, make):
         make()
     message = str(caught.value)
     assert message.startswith(f"{name}: expected") and ", got " in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("dtype", "low", "compiled"), [(np.float64, -708.0, exp_64), (np.float32, -87.0, exp_32)])
+def test_exp(dtype, low, compiled):
+    """exp(t), t <= 0, within 3 units in the last place (2.3 seen) wherever it is normal; below, the smallest normal ones."""
+    t = np.concatenate([np.linspace(low, 0, 200_001), -np.geomspace(1e-12, 1, 1000)]).astype(dtype)
+    got = np.array([compiled(v) for v in t], dtype=dtype)
+    expected = np.exp(t.astype(np.longdouble))
+    assert np.max(np.abs(got - expected) / np.spacing(expected.astype(dtype))) < 3
+    assert compiled(dtype(2 * low)) == compiled(dtype(low)) > 0
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 127, 128, 300])
+def test_blocks_of_points_are_points(d, count):
+    """Rows of points in blocks, the last one narrow: the NumPy form for complex x, point by point; far points too."""
+    rng = np.random.default_rng(d)
+    root = rng.normal(size=(5, d, d))
+    law = GaussianMixture(np.arange(1, 6) / 15, rng.normal(size=(5, d)), root @ root.transpose(0, 2, 1) + 0.2 * np.eye(d))
+    x = rng.normal(size=(count, d)) * np.geomspace(0.1, 30, count)[:, None]
+    z = x.astype(np.complex128)
+    for name in ("log_density", "score", "score_jacobian"):
+        expected = getattr(law, name)(z).real
+        np.testing.assert_allclose(getattr(law, name)(x), expected, rtol=1e-11, atol=1e-11 * np.max(np.abs(expected)))
+    x[0] = np.nan
+    assert np.all(np.isnan(law.score(x)[0])) and np.isnan(law.log_density(x)[0]) and np.all(np.isfinite(law.score(x)[1:]))

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from ctrl.elementary import FAST
 from ctrl.kernels.gradient import DIFFERENCE, NO_VALUE, add_value, collect, hand_over, spend
 from ctrl.kernels.mixture import score_rows
-from ctrl.kernels.normals import ACTION, FAST, LANES, STEP, WIDTH, normals, row
+from ctrl.kernels.normals import ACTION, LANES, STEP, WIDTH, normals, row
 from ctrl.kernels.rows import add_product, affine, affine_4, axpy, copy, fill, scaled_plus
 
 Array = np.ndarray[Any, Any]

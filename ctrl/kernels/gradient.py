@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ctrl.kernels.normals import FAST, LANES, WIDTH, row
+from ctrl.elementary import FAST
+from ctrl.kernels.normals import LANES, WIDTH, row
 
 Array = np.ndarray[Any, Any]
 NO_VALUE, BASELINE, DIFFERENCE = 0, 1, 2

@@ -7,59 +7,11 @@ Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_chain_is_it
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-from ctrl.kernels.normals import FAST, ROW_1, ROW_2, ROW_3, WIDTH, as_bits, as_float, row
+from ctrl.elementary import FAST, exp_below
+from ctrl.kernels.normals import ROW_1, ROW_2, ROW_3, WIDTH, row
 from ctrl.kernels.rows import add_product, fill
-
-# exp(t), t <= 0: t = n log 2 + r, the integer n read off the low bits of t log2(e) + 1.5 * 2^(mantissa bits)
-LOW_32, LOG2E_32, ROUND_32 = np.float32(-87.0), np.float32(1.44269504088896341), np.float32(1.5 * 2**23)
-LN2_HI_32, LN2_LO_32 = np.float32(0.693359375), np.float32(-2.12194440e-4)
-E1, E2, E3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-E4, E5, E6 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-ONE_32, MANTISSA_32 = np.float32(1), np.uint32(23)
-LOW_64, LOG2E_64, ROUND_64 = -708.0, 1.44269504088896340736, 1.5 * 2.0**52
-LN2_HI_64, LN2_LO_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-T3, T4, T5, T6, T7 = 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040
-T8, T9, T10, T11, T12 = 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600
-MANTISSA_64 = np.uint64(52)
-
-
-@njit(error_model="numpy", fastmath=FAST, forceinline=True)
-def exp_32(t):
-    """exp(t) for t <= 0, float32."""
-    t = t if t > LOW_32 else LOW_32
-    shifted = t * LOG2E_32 + ROUND_32
-    n = shifted - ROUND_32
-    r = t - n * LN2_HI_32 - n * LN2_LO_32
-    p = (((((E1 * r + E2) * r + E3) * r + E4) * r + E5) * r + E6) * (r * r) + r + ONE_32
-    return as_float(np.uint32(np.uint32(as_bits(p)) + np.uint32(np.uint32(as_bits(shifted)) << MANTISSA_32)))
-
-
-@njit(error_model="numpy", fastmath=FAST, forceinline=True)
-def exp_64(t):
-    """exp(t) for t <= 0, float64."""
-    t = t if t > LOW_64 else LOW_64
-    shifted = t * LOG2E_64 + ROUND_64
-    n = shifted - ROUND_64
-    r = t - n * LN2_HI_64 - n * LN2_LO_64
-    p = (((((((((T12 * r + T11) * r + T10) * r + T9) * r + T8) * r + T7) * r + T6) * r + T5) * r + T4) * r + T3) * r + 0.5
-    p = p * (r * r) + r + 1.0
-    return as_float(np.uint64(np.uint64(as_bits(p)) + np.uint64(np.uint64(as_bits(shifted)) << MANTISSA_64)))
-
-
-def exp_below(t):
-    """exp(t), t <= 0, in the precision of t."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(exp_below, jit_options={"error_model": "numpy", "fastmath": FAST, "forceinline": True})
-def _exp_below(t):
-    if t == types.float32:
-        return lambda t: exp_32(t)
-    return lambda t: exp_64(t)
 
 
 @njit(error_model="numpy", fastmath=FAST)

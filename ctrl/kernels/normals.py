@@ -12,16 +12,15 @@ Checked: tests/test_noise.py::test_known_answers, tests/test_noise.py::test_spec
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import numpy as np
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
+
+from ctrl.elementary import FAST, as_bits, as_float
 
 LANES = 256
 WIDTH = np.uint64(LANES)  # rows of lanes lie one after the other in flat arrays: an array of rows costs a reference count for every row taken
 ROW_0, ROW_1, ROW_2, ROW_3 = np.uint64(0), np.uint64(LANES), np.uint64(2 * LANES), np.uint64(3 * LANES)
-FAST = {"contract", "nsz", "arcp", "afn"}  # keeps NaN and infinity; no reassociation
 STEP, START, ACTION, COMPONENT = 0, 1, 2, 3  # streams
 
 # Philox4x32-10
@@ -57,26 +56,6 @@ S1, S2, S3 = -1.66666666666666324348e-01, 8.33333333332248946124e-03, -1.9841269
 S4, S5, S6 = 2.75573137070700676789e-06, -2.50507602534068634195e-08, 1.58969099521155010221e-10
 C1, C2, C3 = 4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767294178e-05
 C4, C5, C6 = -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.13596475577881948265e-11
-
-
-@intrinsic
-def as_bits(typing_context: Any, x: Any) -> Any:
-    """The bits of a float as a signed integer of the same width."""
-    return _bitcast(x, {types.float32: types.int32, types.float64: types.int64}[x])
-
-
-@intrinsic
-def as_float(typing_context: Any, bits: Any) -> Any:
-    """The float with these bits."""
-    wide = bits in (types.int64, types.uint64)
-    return _bitcast(bits, types.float64 if wide else types.float32)
-
-
-def _bitcast(source: Any, target: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(target))
-
-    return target(source), generate
 
 
 @njit(error_model="numpy", fastmath=FAST, forceinline=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from numba import njit
 
-from ctrl.kernels.normals import FAST, ROW_1, ROW_2, ROW_3, WIDTH, row
+from ctrl.elementary import FAST
+from ctrl.kernels.normals import ROW_1, ROW_2, ROW_3, WIDTH, row
 
 
 @njit(error_model="numpy", fastmath=FAST)
