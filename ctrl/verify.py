@@ -221,7 +221,7 @@ def _drawn(theorem: Theorem, case: Case) -> Part:
     with threadpool_limits(1):
         try:
             return theorem.name, case.name, png(theorem.figure(case))
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             if not case.own:
                 raise
             return theorem.name, case.name, b""

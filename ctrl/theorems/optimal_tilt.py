@@ -368,11 +368,6 @@ class OptimalTilt(Theorem):
             return self.skipped(case, f"{what}: invisible at λ = 1")
         return self.planted(case, measured, expected, allowed, what)
 
-    def _order(self, case: Case, dt: Array, error: Array, what: str, over: str = "D") -> Verdict:
-        """Order 1; on a user's problem grids that are not yet on the slope decide nothing."""
-        row = self.limit(case, dt, error, 1.0, what, over)
-        return self.skipped(case, f"{row.reason}: not yet on its slope") if case.own and not row.holds else row
-
     def _means(self, at: Optima) -> Iterator[Verdict]:
         """The mean-shift optimum: stationary state by state and as a whole, and what it costs."""
         case, where, best, lam = at.case, at_eta(at.case), at.best, at.case.problem.kl_weight
@@ -470,14 +465,14 @@ class OptimalTilt(Theorem):
         """Both optima tend to the one of continuous time at order 1, and so to each other."""
         where, limit = at_eta(case), continuous_objective(case)
         dt, means, kernels = two_optima(case)
-        yield self._order(case, dt, kernels - means, f"{where}the Doob value less J* of means")
+        yield self.limit(case, dt, kernels - means, 1.0, f"{where}the Doob value less J* of means")
         if limit is None:
             yield self.skipped(case, f"{where}limits of both optima: on the line known in closed form at eta = 1 alone")
             return
         how = "" if case.linear else ", by time reversal"
-        yield self._order(case, dt, kernels - limit, f"{where}the Doob value to J* of continuous time{how}")
+        yield self.limit(case, dt, kernels - limit, 1.0, f"{where}the Doob value to J* of continuous time{how}")
         if case.linear:  # on the line the terms of order D can all but cancel
-            yield self._order(case, dt, means - limit, f"{where}J* of means to J* of continuous time")
+            yield self.limit(case, dt, means - limit, 1.0, f"{where}J* of means to J* of continuous time")
 
     def _continuous(self, case: Case) -> Iterator[Verdict]:
         """V* = lambda log phi, phi from the law of X_T given X_t, against the Riccati equation of the optimum."""
@@ -540,7 +535,7 @@ class OptimalTilt(Theorem):
         away = np.array([4e-3, 2e-3, 1e-3, 5e-4])
         best = divergence_tilt(r, lam, KL()).objective
         error = np.array([divergence_tilt(r, lam, Alpha(1 + e)).objective - best for e in away])
-        yield self._order(case, away, error, "α-divergence to KL", over="α - 1")
+        yield self.limit(case, away, error, 1.0, "α-divergence to KL", over="α - 1")
         if problem.dim == 1:
             one, other = tilt(problem.data, problem.reward, lam), line_divergence_tilt(problem.data, problem.reward, lam, KL())
             yield self.exact(case, [other.objective, other.reward, other.divergence], [one.objective, one.reward, one.kl], 1e-9,

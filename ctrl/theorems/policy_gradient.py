@@ -216,6 +216,9 @@ class PolicyGradient(Theorem):
         r"\mathbb{E}[ \nabla V_{i+1}(X_{i+1}) \mid X_i ] = \dfrac{1}{\eta\, g_i \sqrt{D_i}}\, \mathbb{E}[\, V_{i+1}(X_{i+1})\, \xi_i \mid X_i \,]")
 
     def checks(self, case: Case) -> Iterator[Verdict]:
+        if case.idle:
+            yield self.skipped(case, "the objective is one constant (kl_weight = 0, constant reward): errors relative to nothing")
+            return
         case = case.brief
         for eta in case.etas:
             at, tag = case.at(eta), "" if eta == 1 else f"eta = {eta:g}: "

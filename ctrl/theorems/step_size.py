@@ -30,7 +30,6 @@ from ctrl.problem import Problem
 from ctrl.rollout import simulate
 from ctrl.schedule import VE, TimeGrid
 from ctrl.theorems import style
-from ctrl.theorems.kl_estimators import unless_own
 from ctrl.theorems.value import at_eta, cubature, random_states
 from ctrl.theorems.value_learning import Frame, transition
 from ctrl.theorems.verdict import Case, Theorem, Verdict
@@ -321,7 +320,7 @@ class StepSize(Theorem):
         yield self.exact(case, right, right[:1], 1e-12, "the action at t = T/4 is the same on three grids that have this time")
         for what, clock, table, family in INDEXED:
             row = self.planted(case, acted(Indexed(policy, clock, table)), right, 1e-12, f"{what}: its action at t = T/4 on {family.name} grids")
-            yield unless_own(self, case, row)
+            yield row
         numbers = AffinePolicy(np.zeros((TRAINED, problem.dim, problem.dim)), np.zeros((TRAINED, problem.dim)))
         refused = float(_refuses(numbers, problem.grid(10 * TRAINED), x))
         yield self.exact(case, refused, 1.0, 0.0, f"an AffinePolicy of {TRAINED} steps is refused on {10 * TRAINED}")
@@ -359,7 +358,7 @@ class StepSize(Theorem):
             grid = family.grid(problem, study.planted)
             claimed = facts(exact.evaluate(problem, Indexed(study.policy, clock, table), grid))
             row = self.planted(case, study.excess(claimed, grid), 0.0, 1.0, f"{where}{what}: (J, KL) on {study.planted} {family.name} steps")
-            yield unless_own(self, case, row)
+            yield row
         yield self.skipped(case, f"{where}basis functions of i/N are no error on a uniform grid, where i/N is t/T")
 
     def _without_step(self, study: Study) -> Iterator[Verdict]:
@@ -371,7 +370,7 @@ class StepSize(Theorem):
             claimed = study.facts(UNIFORM, most)[1] * (few / most) ** power
             excess = study.excess(np.array([study.limit[0], claimed]), UNIFORM.grid(study.problem, most))
             row = self.planted(case, excess, 0.0, 1.0, f"{where}KL where {what}, made right on {few} steps by its weight: on {most}")
-            yield unless_own(self, case, row)
+            yield row
             yield self.limit(case, dt, kl * dt**power, power, f"{where}KL where {what} {growth}")
 
     def _sampled(self, study: Study) -> Iterator[Verdict]:
