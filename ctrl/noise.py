@@ -1,6 +1,6 @@
 r"""Randomness as an argument: normals that are a pure function of (seed, stream, path, step, coordinate).
 
-    noise.start(d) (n, d),   noise.steps(k, d) (n, k, d),   noise.actions(k, d) (n, k, d),   noise.component(weights) (n,)
+    noise.start(d) (n, d),   noise.steps(k, d) (n, k, d),   noise.actions(k, d) (n, k, d),   noise.component(weights), noise.choice(weights) (n,)
 
 Every kind of noise here has this face, `paths`, `weights` and `group`, and is sliced by paths: `noise[a:b]` holds the same
 numbers as those paths of the whole. Nothing has a state, so results depend neither on chunking nor on threads.
@@ -9,13 +9,15 @@ numbers as those paths of the whole. Nothing has a state, so results depend neit
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import ndtri
 
 from ctrl import check
 from ctrl.check import Array
@@ -39,7 +41,7 @@ class NoiseLike(Protocol):
 
     @property
     def group(self) -> int:
-        """Consecutive paths that form one independent unit: 2 for antithetic pairs, else 1."""
+        """Consecutive paths that form one independent unit: 2 for antithetic pairs, all of a quasi-Monte-Carlo replicate, else 1."""
 
     @property
     def weights(self) -> Array | None:
@@ -52,6 +54,8 @@ class NoiseLike(Protocol):
     def actions(self, k: int, d: int) -> Array: ...
 
     def component(self, weights: ArrayLike) -> Array: ...
+
+    def choice(self, weights: ArrayLike) -> Array: ...
 
     def __getitem__(self, part: slice) -> NoiseLike: ...
 
@@ -116,11 +120,14 @@ class Noise:
 
     def component(self, weights: ArrayLike) -> Array:
         """A mixture component per path by inversion of one uniform (mirrored, 1 - u, for antithetic partners), (n,)."""
-        cumulative = np.cumsum(check.array("weights", weights, (None,), "(K,)"))
         u = (self._words(normals.COMPONENT)[:, 0] + 0.5) * 2.0**-32
         if self.antithetic:
             u[1::2] = 1 - u[1::2]
-        return np.minimum(np.searchsorted(cumulative, u * cumulative[-1], side="right"), cumulative.size - 1)
+        return _inverted(weights, u)
+
+    def choice(self, weights: ArrayLike) -> Array:
+        """An index per path, such as a step, by inversion of another uniform (the same one for antithetic partners), (n,)."""
+        return _inverted(weights, (self._words(normals.COMPONENT)[:, 1] + 0.5) * 2.0**-32)
 
     def __getitem__(self, part: slice) -> Noise:
         start, stop = _bounds(part, self.paths)
@@ -153,6 +160,32 @@ class Noise:
             raise ValueError(f"nodes: expected at most {MAX_NODES}, got {nodes}")
         x, w = np.polynomial.hermite_e.hermegauss(nodes)
         return _quadrature(problem, policy, grid, x, w / w.sum())
+
+    @classmethod
+    def cross(cls, problem: Problem, policy: Policy, grid: TimeGrid) -> ArrayNoise:
+        r"""2 v paths, +-sqrt(v) along each of v variables: exact expectations of polynomials of total degree <= 3, on grids of any length.
+
+            E p(xi) = 1/(2v) sum_j p(sqrt(v) e_j) + p(-sqrt(v) e_j),      v = d (start) + N d (steps) + N d (sampled actions)
+
+        For the means of pathwise, value-gradient, q and lean-adjoint forms (degree 2 with affine policies and quadratic rewards), not of
+        score functions (degree 4), and not for second moments. Gaussian start laws.
+        Source: theory.md, section 7.   Checked: tests/test_noise.py::test_cross_integrates_cubics_in_all_variables_together
+        """
+        if hasattr(problem.start_law, "weights"):
+            raise ValueError("problem: expected a Gaussian start law for a cross rule, got a mixture")
+        d, N, sampled = problem.dim, grid.steps, policy.exploration is not None
+        v = d * (1 + N * (1 + sampled))
+        axes = math.sqrt(v) * np.concatenate([np.eye(v), -np.eye(v)])
+        rest = axes[:, d:].reshape(2 * v, -1, d)
+        return ArrayNoise(axes[:, :d], rest[:, :N], rest[:, N:] if sampled else None, np.full(2 * v, 0.5 / v))
+
+    @classmethod
+    def sobol(cls, problem: Problem, policy: Policy, grid: TimeGrid, seed: int, points: int, replicates: int = 16) -> SobolNoise:
+        r"""Scrambled Sobol points for this problem, policy and grid, `replicates` times `points` (a power of 2) paths: see SobolNoise.
+
+        Source: Owen (1997); scipy.stats.qmc.Sobol.   Checked: tests/test_noise.py::test_sobol_replicates_are_unbiased_and_narrow
+        """
+        return SobolNoise(seed, points, replicates, problem.dim, grid.steps, policy.exploration is not None)
 
     def _normals(self, stream: int, k: int, d: int) -> Array:
         k, d = check.integer("k", k, at_least=1), check.integer("d", d, at_least=1)
@@ -221,6 +254,10 @@ class CoarsenedNoise:
         """Mixture components, (n,): those of the fine noise."""
         return self.fine.component(weights)
 
+    def choice(self, weights: ArrayLike) -> Array:
+        """Indices, (n,): those of the fine noise."""
+        return self.fine.choice(weights)
+
     def __getitem__(self, part: slice) -> CoarsenedNoise:
         return replace(self, fine=self.fine[part])
 
@@ -240,8 +277,8 @@ class QuadratureNoise:
         E p(xi) = sum_p weights[p] p(xi_p),      xi_p = (nodes[digit_v(p)])_v,   digits of p in base len(nodes)
 
     The variables are d start normals, then N d step normals, then N d action normals (the last two only where they
-    matter; asked for where they do not, they are zero), then the component of a mixture start.
-    nodes, node_weights : (q,)      components : (K,) weights of the start law's components, (1,) for a Gaussian
+    matter; asked for where they do not, they are zero), then the component of a mixture start, then a choice (see `choosing`).
+    nodes, node_weights : (q,)      components : (K,) weights of the start law's components, (1,) for a Gaussian      choices : likewise
     Source: theory.md, section 7.   Checked: tests/test_noise.py::test_signs_integrate_cubics
     """
 
@@ -254,6 +291,7 @@ class QuadratureNoise:
     has_actions: bool
     paths: int
     first: int = 0
+    choices: Array = field(default_factory=lambda: np.ones(1))
 
     @property
     def group(self) -> int:
@@ -270,7 +308,15 @@ class QuadratureNoise:
         out = np.ones(self.paths)
         for variable in range(self.variables):
             out *= self.node_weights[self._digit(variable)]
-        return out * self.components[self._component()]
+        return out * self.components[self._component()] * self.choices[self._choice()]
+
+    def choosing(self, weights: ArrayLike) -> QuadratureNoise:
+        """The rule times an index with these probabilities (K,), which `choice` then answers: K times as many paths. A whole rule only."""
+        odds = check.array("weights", weights, (None,), "(K,)")
+        whole = self.nodes.size**self.variables * self.components.size
+        if self.choices.size > 1 or (self.first, self.paths) != (0, whole):
+            raise ValueError(f"noise: expected a whole rule without a choice, got paths {self.first} ... {self.first + self.paths} of {whole}")
+        return replace(self, choices=odds / odds.sum(), paths=whole * odds.size)
 
     def require(self, problem: Problem, policy: Policy, grid: TimeGrid) -> None:
         """ValueError where the rule lacks what the chain draws: zeros would pass for noise. More variables than needed do no harm."""
@@ -298,6 +344,13 @@ class QuadratureNoise:
             raise ValueError(f"weights: expected {self.components.size} component weights, got shape {np.shape(weights)}")
         return self._component()
 
+    def choice(self, weights: ArrayLike) -> Array:
+        """The index of each path, (n,), of a rule made by `choosing` the same weights."""
+        odds = np.asarray(weights, dtype=np.float64)
+        if odds.shape != self.choices.shape or not np.allclose(odds / odds.sum(), self.choices):
+            raise ValueError(f"weights: expected those of noise.choosing(weights), {self.choices.size} of them, got shape {odds.shape}")
+        return self._choice()
+
     def __getitem__(self, part: slice) -> QuadratureNoise:
         start, stop = _bounds(part, self.paths)
         return replace(self, first=self.first + start, paths=stop - start)
@@ -309,7 +362,10 @@ class QuadratureNoise:
         return self._index() // self.nodes.size**variable % self.nodes.size
 
     def _component(self) -> Array:
-        return self._index() // self.nodes.size**self.variables
+        return self._index() // self.nodes.size**self.variables % self.components.size
+
+    def _choice(self) -> Array:
+        return self._index() // (self.nodes.size**self.variables * self.components.size)
 
     def _block(self, offset: int, k: int, d: int) -> Array:
         """Normals of k steps, from the offset-th block of d variables on."""
@@ -332,6 +388,167 @@ def _quadrature(problem: Problem, policy: Policy, grid: TimeGrid, nodes: Array, 
                          f"steps); reduce the steps, the dimension or the nodes")
     return QuadratureNoise(nodes, node_weights, components, problem.dim, grid.steps, has_steps, has_actions,
                            paths=nodes.size**variables * components.size)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayNoise:
+    r"""Normals that somebody else has made, with the face of Noise: rows of any rule, replayed draws, one path by hand.
+
+    start_normals : (n, d)   step_normals : (n, N, d)   action_normals : (n, N, d) or None   weights : (n,) of a quadrature rule, or None
+    group : consecutive paths that form one independent unit      No component and no choice: a mixture start draws one.
+    Source: theory.md, section 7.   Checked: tests/test_noise.py::test_cross_integrates_cubics_in_all_variables_together
+    """
+
+    start_normals: Array
+    step_normals: Array
+    action_normals: Array | None = None
+    weights: Array | None = None
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        start = check.array("start_normals", self.start_normals, (None, None), "(n, d)")
+        steps = check.array("step_normals", self.step_normals, (len(start), None, start.shape[1]), f"({len(start)}, N, {start.shape[1]})")
+        object.__setattr__(self, "start_normals", start)
+        object.__setattr__(self, "step_normals", steps)
+        if self.action_normals is not None:
+            object.__setattr__(self, "action_normals", check.array("action_normals", self.action_normals, steps.shape, f"{steps.shape}"))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", check.array("weights", self.weights, (len(start),), f"({len(start)},)"))
+
+    @property
+    def paths(self) -> int:
+        return len(self.start_normals)
+
+    def start(self, d: int) -> Array:
+        """Normals of the start law, (n, d)."""
+        return _of_shape(self.start_normals, self.start_normals.shape[0], d)
+
+    def steps(self, k: int, d: int) -> Array:
+        """Step normals, (n, k, d)."""
+        return _of_shape(self.step_normals, self.paths, k, d)
+
+    def actions(self, k: int, d: int) -> Array:
+        """Normals of sampled actions, (n, k, d)."""
+        if self.action_normals is None:
+            raise ValueError("noise: expected action normals for a policy with exploration, got None")
+        return _of_shape(self.action_normals, self.paths, k, d)
+
+    def component(self, weights: ArrayLike) -> Array:
+        """Nobody has made any."""
+        raise ValueError("noise: expected noise that draws indices (a mixture start, a random step), got an ArrayNoise")
+
+    choice = component
+
+    def __getitem__(self, part: slice) -> ArrayNoise:
+        begin, end = _bounds(part, self.paths)
+        start, steps, actions, weights = (None if a is None else a[begin:end] for a in
+                                          (self.start_normals, self.step_normals, self.action_normals, self.weights))
+        assert start is not None and steps is not None
+        return ArrayNoise(start, steps, actions, weights, self.group)
+
+
+def _of_shape(array: Array, *shape: int) -> Array:
+    if array.shape != shape:
+        raise ValueError(f"noise: expected normals for this problem, policy and grid, shape {shape}, got {array.shape}")
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class SobolNoise:
+    r"""Randomised quasi-Monte Carlo: scrambled Sobol points through the inverse normal CDF, several independent scramblings.
+
+        xi[r points + m, v] = Phi^{-1}( u_{r,m,v} ),      u_r the m-th scrambled Sobol point of replicate r;  v: start, steps in time, actions
+
+    seed : int      points : of a replicate, a power of 2      replicates : independent scramblings, the units of every standard error
+    first, count : the window of paths, so that a slice is the same numbers
+    Every path is standard normal by itself, so that means are unbiased; the paths of a replicate depend on one another, and its mean has an
+    error that falls faster than points^{-1/2} for smooth integrands. The standard error is over replicates, of which 16 or more are wanted.
+    Source: Owen (1997); scipy.stats.qmc.Sobol.   Checked: tests/test_noise.py::test_sobol_replicates_are_unbiased_and_narrow
+    """
+
+    seed: int
+    points: int
+    replicates: int
+    dim: int
+    grid_steps: int
+    has_actions: bool
+    first: int = 0
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        check.integer("seed", self.seed, at_least=0)
+        check.integer("replicates", self.replicates, at_least=2)
+        if check.integer("points", self.points, at_least=2) & (self.points - 1):
+            raise ValueError(f"points: expected a power of 2, got {self.points}")
+
+    @property
+    def paths(self) -> int:
+        return self.points * self.replicates - self.first if self.count is None else self.count
+
+    @property
+    def group(self) -> int:
+        """The paths of a replicate are one unit."""
+        return self.points
+
+    @property
+    def weights(self) -> None:
+        return None
+
+    def start(self, d: int) -> Array:
+        """Normals of the start law, (n, d)."""
+        return _of_shape(self._normals[:, : self.dim], self.paths, d)
+
+    def steps(self, k: int, d: int) -> Array:
+        """Step normals, (n, k, d)."""
+        return self._block(1, k, d)
+
+    def actions(self, k: int, d: int) -> Array:
+        """Normals of sampled actions, (n, k, d)."""
+        if not self.has_actions:
+            raise ValueError("noise: expected a rule made for a policy with exploration, got one for mean actions")
+        return self._block(1 + self.grid_steps, k, d)
+
+    def component(self, weights: ArrayLike) -> Array:
+        """Mixture components by inversion of a coordinate of their own, (n,)."""
+        return _inverted(weights, self._uniforms[:, -2])
+
+    def choice(self, weights: ArrayLike) -> Array:
+        """Indices by inversion of a coordinate of their own, (n,)."""
+        return _inverted(weights, self._uniforms[:, -1])
+
+    def __getitem__(self, part: slice) -> SobolNoise:
+        begin, end = _bounds(part, self.paths)
+        return replace(self, first=self.first + begin, count=end - begin)
+
+    def _block(self, offset: int, k: int, d: int) -> Array:
+        begin = offset * self.dim
+        block = self._normals[:, begin : begin + self.grid_steps * self.dim]
+        return _of_shape(block.reshape(self.paths, self.grid_steps, self.dim), self.paths, k, d)
+
+    @cached_property
+    def _normals(self) -> Array:
+        return ndtri(self._uniforms[:, :-2])
+
+    @cached_property
+    def _uniforms(self) -> Array:
+        """(n, variables + 2): coordinates in the order of the variables, then one for the component, one for the choice."""
+        from scipy.stats import qmc  # heavy: only when asked for
+
+        variables = self.dim * (1 + self.grid_steps * (1 + self.has_actions))
+        parts, last = [], self.first + self.paths
+        for replicate in range(self.first // self.points, -(-last // self.points)):
+            begin, end = max(self.first - replicate * self.points, 0), min(last - replicate * self.points, self.points)
+            engine = qmc.Sobol(variables + 2, scramble=True, bits=52, seed=np.random.default_rng((self.seed, replicate)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a slice is no power of 2; the replicate is
+                parts.append(engine.fast_forward(begin).random(end - begin))
+        return np.concatenate(parts) + 2.0**-53  # the middles of cells: never 0
+
+
+def _inverted(weights: ArrayLike, u: Array) -> Array:
+    """Indices with these weights (K,) by inversion of uniforms (n,), (n,)."""
+    cumulative = np.cumsum(check.array("weights", weights, (None,), "(K,)"))
+    return np.minimum(np.searchsorted(cumulative, u * cumulative[-1], side="right"), cumulative.size - 1)
 
 
 def _bounds(part: slice, paths: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from ctrl.estimators import (
     TemporalDifference,
     ValueGradient,
 )
+from ctrl.estimators import contract
 from ctrl.evidence import fitted_order
 from ctrl.policy import Monomials, TimeBins
 from ctrl.testing import assert_mean, assert_unbiased, setups
@@ -387,8 +388,8 @@ def test_streamed_moments_equal_samples(monkeypatch):
         setup = bench(steps=1) if noise.weights is not None and noise.paths == 81 else (problem, policy, grid)
         whole = Pathwise()(*setup, noise)
         with monkeypatch.context() as patch:
-            patch.setattr(estimators, "SAMPLES_LIMIT", 0)
-            patch.setattr(estimators, "CHUNK_BYTES", 2000)
+            patch.setattr(contract, "SAMPLES_LIMIT", 0)
+            patch.setattr(contract, "CHUNK_BYTES", 2000)
             streamed = Pathwise()(*setup, noise)
         assert streamed.samples is None and whole.samples.shape == (noise.paths // noise.group, 6)
         assert whole.count == streamed.count == len(whole.samples)
