@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -20,3 +21,31 @@ def mixture_in_space():
     """A problem without truth: a mixture in three dimensions."""
     law = ctrl.GaussianMixture([0.4, 0.6], [[-0.8, 0.3, 0.1], [0.7, -0.2, 0.4]], [[[0.3, 0.1, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.5]]] * 2)
     return ctrl.Problem(ctrl.VP(0.1, 10.0), law, ctrl.BumpReward([-0.7, 0.4, 0.2], 0.8), kl_weight=0.3)
+
+
+@pytest.fixture(scope="session")
+def bench():
+    """(problem, policy, grid) where every planted error of theory.md, section 7, is an error: eta != 1, an uneven grid, a departure through x."""
+    import ctrl
+
+    def make(eta=0.7, steps=3, dim=2, sampled=False, kl_weight=0.5, discount=0.0, times=(0.0, 0.3, 0.5, 0.75, 0.9, 1.0)):
+        data = ctrl.Gaussian(np.array([1.0, -0.5])[:dim], np.array([[0.6, 0.2], [0.2, 0.3]])[:dim, :dim])
+        reward = ctrl.QuadraticReward(np.diag([1.0, 0.5])[:dim, :dim], np.array([-0.5, 1.0])[:dim])
+        problem = ctrl.Problem(ctrl.VP(0.5, 2.0, 1.0), data, reward, kl_weight=kl_weight, eta=eta, discount=discount)
+        W = np.array([[[0.3, -0.2], [0.1, 0.2]]])[:, :dim, :dim]
+        policy = ctrl.BasisPolicy(problem, lambda t: np.array([1.0]), W, np.array([[0.2, -0.1]])[:, :dim], 0.4 * np.eye(dim) if sampled else None)
+        return problem, policy, ctrl.TimeGrid(np.array(times)[[*range(steps), -1]])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def away():
+    """|mean - target| / |target|, the target grad J unless it is given."""
+    import ctrl
+
+    def measure(estimator, problem, policy, grid, noise, target=None):
+        target = ctrl.exact.evaluate(problem, policy, grid).gradient.theta if target is None else target
+        return float(np.linalg.norm(estimator(problem, policy, grid, noise).mean - target) / np.linalg.norm(target))
+
+    return measure
