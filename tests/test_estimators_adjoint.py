@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -159,8 +161,6 @@ STEPS = np.array([40, 80, 160, 320])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
 @pytest.mark.parametrize("schedule", [ctrl.VP(0.1, 4.0), ctrl.SubVP(0.1, 4.0), ctrl.VE(0.3, 1.5)], ids=["VP", "sub-VP", "VE"])
 def test_q_form_is_first_order(bench, schedule, eta):
-    from dataclasses import replace
-
     problem, policy, _ = bench(eta=eta, dim=1, discount=0.3)
     problem = replace(problem, schedule=schedule)
     policy = ctrl.BasisPolicy.of(problem, policy.basis, policy.theta)

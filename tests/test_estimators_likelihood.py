@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,8 +64,6 @@ class OwnMean(LogVariance):
     """Planted: the variance over n, not n - 1."""
 
     def prepared(self, batch, noise):
-        from dataclasses import replace
-
         return replace(super().prepared(batch, noise), factor=1.0)
 
 
