@@ -9,10 +9,9 @@ numbers as those paths of the whole. Nothing has a state, so results depend neit
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -532,17 +531,23 @@ class SobolNoise:
     @cached_property
     def _uniforms(self) -> Array:
         """(n, variables + 2): coordinates in the order of the variables, then one for the component, one for the choice."""
-        from scipy.stats import qmc  # heavy: only when asked for
-
-        variables = self.dim * (1 + self.grid_steps * (1 + self.has_actions))
-        parts, last = [], self.first + self.paths
+        variables, last, parts = self.dim * (1 + self.grid_steps * (1 + self.has_actions)), self.first + self.paths, []
         for replicate in range(self.first // self.points, -(-last // self.points)):
-            begin, end = max(self.first - replicate * self.points, 0), min(last - replicate * self.points, self.points)
-            engine = qmc.Sobol(variables + 2, scramble=True, bits=52, seed=np.random.default_rng((self.seed, replicate)))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a slice is no power of 2; the replicate is
-                parts.append(engine.fast_forward(begin).random(end - begin))
-        return np.concatenate(parts) + 2.0**-53  # the middles of cells: never 0
+            before = replicate * self.points
+            whole = _scrambled(self.seed, replicate, self.points, variables + 2)
+            parts.append(whole[max(self.first - before, 0) : last - before])
+        return np.concatenate(parts)
+
+
+@lru_cache(maxsize=4)
+def _scrambled(seed: int, replicate: int, points: int, coordinates: int) -> Array:
+    """A replicate's uniforms, the middles of cells of 2^-52, (points, coordinates); kept, as chunks of paths ask for it again."""
+    from scipy.stats import qmc  # heavy: only when asked for
+
+    engine = qmc.Sobol(coordinates, scramble=True, bits=52, seed=np.random.default_rng((seed, replicate)))
+    out = engine.random(points) + 2.0**-53
+    out.flags.writeable = False
+    return out
 
 
 def _inverted(weights: ArrayLike, u: Array) -> Array:

@@ -24,10 +24,10 @@ def tried(bench):
     """(entry, setup, given) for every entry, with sampled actions where it needs them."""
     out = []
     for entry in catalogue():
-        setup = problem, policy, grid = bench(dim=1, steps=2, sampled=Need.EXPLORATION in entry.needs)
+        setup = _, policy, grid = bench(dim=1, steps=2, sampled=Need.EXPLORATION in entry.needs)
         value, F = ctrl.exact.value(*setup), fisher(*setup, ctrl.Noise.gauss_hermite(*setup, nodes=3))
         advantage = lambda i, x, a, V=value, dt=grid.dt: (V.action_value(i, x, a) - V(i, x)) / dt[i]  # noqa: E731
-        out.append((entry, setup, Given(value, advantage, policy.theta + [0.1, -0.3], F)))
+        out.append((entry, setup, Given(value, advantage, policy.theta + np.array([0.1, -0.3]), F)))
     return out
 
 

@@ -108,7 +108,8 @@ def test_fisher_by_the_cross_rule(bench):
 
     case = Case("reference", zoo.gaussian_pull_2d(0.7), quick=True, seed=0, steps=40)
     expected = performance_difference.fisher(performance_difference.walked(case)[0])
-    np.testing.assert_allclose(fisher(case.problem, case.policy, case.grid, ctrl.Noise.cross(case.problem, case.policy, case.grid)), expected, rtol=1e-10)
+    setup = case.problem, case.policy, case.grid
+    np.testing.assert_allclose(fisher(*setup, ctrl.Noise.cross(*setup)), expected, rtol=1e-10)
     with pytest.raises(ValueError, match="eta"):
         fisher(*bench(eta=0.0), ctrl.Noise(0, 8))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 
+import ctrl
 import numpy as np
 import pytest
 from ctrl import Gaussian, Noise, TimeGrid
@@ -302,3 +303,105 @@ def test_errors_name_the_argument(make, message):
 
 def test_any_64_bit_seed_runs():
     assert np.all(np.isfinite(Noise(2**64 - 1, 5).steps(3, 1)))
+
+
+# ------------------------------------------------------------------------------------------- arrays, cross rules, Sobol points, choices
+
+
+def small_chain(sampled=False, start="prior"):
+    problem = ctrl.zoo.gaussian_pull_2d(0.7)
+    policy = ctrl.BasisPolicy.shift(problem, [0.1, 0.2], 0.3 * np.eye(2) if sampled else None)
+    return problem, policy, problem.grid(3)
+
+
+def all_normals(noise, sampled):
+    parts = [noise.start(2), noise.steps(3, 2).reshape(noise.paths, -1)]
+    return np.concatenate(parts + ([noise.actions(3, 2).reshape(noise.paths, -1)] if sampled else []), axis=1)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_cross_integrates_cubics_in_all_variables_together(sampled):
+    """1, y, yy', yyy' to rounding; the fourth moments are those of another law (planted)."""
+    noise = Noise.cross(*small_chain(sampled))
+    y, w = all_normals(noise, sampled), noise.weights
+    assert noise.paths == 2 * y.shape[1] == 2 * (8 + 6 * sampled) and abs(w.sum() - 1) < 1e-14
+    np.testing.assert_allclose(w @ y, 0, atol=1e-14)
+    np.testing.assert_allclose(np.einsum("n,na,nb->ab", w, y, y), np.eye(y.shape[1]), atol=1e-13)
+    np.testing.assert_allclose(np.einsum("n,na,nb,nc->abc", w, y, y, y), 0, atol=1e-13)
+    fourth = np.einsum("n,na,nb->ab", w, y**2, y**2)
+    assert fourth[0, 0] > 3.5 and fourth[0, 1] == 0
+
+
+def test_array_noise_is_sliced_and_says_what_it_lacks():
+    noise = Noise.cross(*small_chain())
+    part = noise[2:5]
+    assert part.paths == 3 and np.array_equal(part.start(2), noise.start(2)[2:5]) and np.array_equal(part.weights, noise.weights[2:5])
+    for ask in (lambda: noise.actions(3, 2), lambda: noise.component([1.0]), lambda: noise.choice([1.0]), lambda: noise.steps(4, 2)):
+        with pytest.raises(ValueError, match="noise: expected"):
+            ask()
+
+
+def test_sobol_replicates_are_unbiased_and_narrow():
+    """Every coordinate of every replicate: uniform in each of its 64 cells; means of y and y^2 far closer than 64 independent ones."""
+    noise = Noise.sobol(*small_chain(sampled=True), seed=5, points=64, replicates=20)
+    y = all_normals(noise, True).reshape(20, 64, -1)
+    cells = np.floor(stats.norm.cdf(y) * 64).astype(int)
+    assert np.array_equal(np.sort(cells, axis=1), np.broadcast_to(np.arange(64)[None, :, None], cells.shape))
+    assert np.all(y.mean(axis=1).std(axis=0) < 0.3 / 8) and np.all((y**2).mean(axis=1).std(axis=0) < 0.5 * np.sqrt(2) / 8)
+    first = y[:, 0].ravel()  # one path of each replicate: independent normals
+    assert stats.kstest(first, "norm").pvalue > 1e-6
+    assert not np.array_equal(y[0], y[1]) and noise.group == 64 and noise.weights is None
+    assert np.any(np.sort(np.floor(stats.norm.cdf(y**2 - 1) * 64).astype(int), axis=1) != np.arange(64)[None, :, None])  # planted: not normal
+
+
+def test_sobol_slices_are_windows():
+    noise = Noise.sobol(*small_chain(sampled=True), seed=5, points=32, replicates=3)
+    for begin, end in ((0, 96), (0, 10), (10, 40), (31, 65), (64, 96)):
+        part = noise[begin:end]
+        np.testing.assert_array_equal(all_normals(part, True), all_normals(noise, True)[begin:end])
+        np.testing.assert_array_equal(part.component([0.3, 0.7]), noise.component([0.3, 0.7])[begin:end])
+        np.testing.assert_array_equal(part[1:5].choice([0.5, 0.5]), noise.choice([0.5, 0.5])[begin + 1 : begin + 5])
+
+
+@pytest.mark.parametrize(("points", "replicates", "message"), [(48, 4, "points"), (1, 4, "points"), (64, 1, "replicates")])
+def test_sobol_says_what_it_expects(points, replicates, message):
+    with pytest.raises(ValueError, match=message):
+        Noise.sobol(*small_chain(), seed=0, points=points, replicates=replicates)
+    with pytest.raises(ValueError, match="exploration"):
+        Noise.sobol(*small_chain(), seed=0, points=64).actions(3, 2)
+    with pytest.raises(ValueError, match="shape"):
+        Noise.sobol(*small_chain(), seed=0, points=64).steps(4, 2)
+
+
+@pytest.mark.parametrize("make", [lambda: Noise(3, 2**15), lambda: Noise.sobol(*small_chain(), seed=3, points=2**11, replicates=16)])
+def test_choices_have_their_probabilities_and_nothing_to_do_with_components(make):
+    """Counts of the joint table, chi-square at 1e-6; a choice that is the component itself fails it (planted)."""
+    noise, odds, weights = make(), np.array([0.2, 0.5, 0.3]), np.array([0.4, 0.6])
+    expected = noise.paths * np.outer(odds, weights)
+
+    def distance(choice):
+        table = np.zeros_like(expected)
+        np.add.at(table, (choice, noise.component(weights)), 1)
+        return np.sum((table - expected) ** 2 / expected)
+
+    limit = stats.chi2.isf(1e-6, 5)
+    assert distance(noise.choice(odds)) < limit < distance(noise.component(odds))
+
+
+def test_antithetic_partners_share_their_choice():
+    steps = Noise(3, 1000, antithetic=True).choice(np.full(5, 0.2))
+    assert np.array_equal(steps[0::2], steps[1::2]) and len(set(steps)) == 5
+
+
+def test_choices_of_a_rule_are_a_product():
+    """Weights p_k w_j, every pattern with every choice; of a whole rule only, and asked with the same weights."""
+    signs, odds = Noise.signs(*small_chain()), np.array([0.2, 0.5, 0.3])
+    rule = signs.choosing(odds)
+    assert rule.paths == 3 * signs.paths and abs(rule.weights.sum() - 1) < 1e-12
+    for k in range(3):
+        at = rule.choice(odds) == k
+        np.testing.assert_allclose(rule.weights[at], odds[k] * signs.weights, rtol=1e-14)
+        np.testing.assert_array_equal(rule.start(2)[at], signs.start(2))
+    for ask in (lambda: signs.choice(odds), lambda: rule.choice(odds[::-1]), lambda: rule.choosing(odds), lambda: signs[:8].choosing(odds)):
+        with pytest.raises(ValueError, match="noise|weights"):
+            ask()
