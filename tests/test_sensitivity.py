@@ -11,12 +11,12 @@ from scipy.special import ndtr
 from scipy.stats import binom
 
 import ctrl
-from ctrl.estimators import RewardToGo, ScoreFunction, runs
+from ctrl.estimators import Analytic, KLForm, RewardToGo, ScoreFunction, runs
 from ctrl.evidence import MISS, estimate_test, mean_test, separation
 from ctrl.exact.chain import LinearChain
 from ctrl.noise import Noise
 from ctrl.theorems.path_kl import PathKL, wrong_rates
-from ctrl.theorems.policy_gradient import DetachedKL, Distorted, Folded, PolicyGradient, pattern_steps
+from ctrl.theorems.policy_gradient import Distorted, PolicyGradient, pattern_steps
 from ctrl.theorems.verdict import Case, Verdict
 
 REPEATS = 400
@@ -54,7 +54,7 @@ def test_an_exact_error_of_an_estimator_is_caught_from_its_resolution_on():
     assert at.steps == pattern_steps(at)
     truth, noise = at.truth.gradient.theta, Noise.signs(at.problem, at.policy, at.grid)
     size = np.linalg.norm(truth)
-    right, wrong = (estimator(at.problem, at.policy, at.grid, noise).mean / size for estimator in (RewardToGo(), DetachedKL()))
+    right, wrong = (estimator(at.problem, at.policy, at.grid, noise).mean / size for estimator in (RewardToGo(), KLForm(None, Analytic())))
     row = GRADIENT.planted(at, wrong, truth / size, 1e-10, "detached")
     assert row.holds and row.resolution < 1e-7
     for factor, holds in ((1.01, False), (0.99, True)):
@@ -86,7 +86,7 @@ PLANTED = {
     "path KL, time step missing in the variance: a tenth of the noise": lambda: path_kl_samples("time step missing in the variance", 1000),
     "gradient, mean over steps, against the exact one": lambda: gradient_samples(
         RewardToGo(), Distorted(noise_factor=lambda run: run.score_noise / run.grid.steps), 4000, paired=False),
-    "gradient, reward folding, beside the score function": lambda: gradient_samples(RewardToGo(), Folded(), 1000, paired=True)}
+    "gradient, reward folding, beside the score function": lambda: gradient_samples(RewardToGo(), KLForm(Analytic(), None), 1000, paired=True)}
 
 
 def pooled(samples, expected):

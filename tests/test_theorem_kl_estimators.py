@@ -9,14 +9,14 @@ import pytest
 
 import ctrl
 from ctrl import exact, zoo
-from ctrl.estimators import Run, runs
+from ctrl.estimators import Run, Score, runs
 from ctrl.evidence import mean_test
 from ctrl.exact.chain import LinearChain
 from ctrl.noise import Noise
 from ctrl.policy import AffinePolicy
 from ctrl.rollout import simulate
 from ctrl.schedule import Schedule
-from ctrl.theorems.kl_estimators import Bare, KLEstimators, LatticeMoments, LogRatio, Score, States, k3, lattices, step_by_step
+from ctrl.theorems.kl_estimators import Bare, KLEstimators, LatticeMoments, LogRatio, States, k3, lattices, step_by_step
 from ctrl.theorems.verdict import Case
 
 THEOREM = KLEstimators()

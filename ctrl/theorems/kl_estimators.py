@@ -18,7 +18,7 @@ import numpy as np
 
 from ctrl import exact
 from ctrl.check import Array
-from ctrl.estimators import Estimator, Pathwise, RewardToGo, Run, ScoreFunction, runs
+from ctrl.estimators import K1, K3, Analytic, Estimator, KLForm, Pathwise, RewardToGo, Score, ScoreFunction, runs
 from ctrl.evidence import MeanTest, fitted_order, mean_test
 from ctrl.exact import quadrature
 from ctrl.exact.chain import LinearChain
@@ -28,7 +28,7 @@ from ctrl.reward import LinearReward
 from ctrl.rollout import simulate
 from ctrl.theorems import style
 from ctrl.theorems.path_kl import JointLaw, lattices
-from ctrl.theorems.policy_gradient import DetachedKL, K1Loss, K3Loss, pattern_steps
+from ctrl.theorems.policy_gradient import pattern_steps
 from ctrl.theorems.value import at_eta, random_states, rule, some_steps
 from ctrl.theorems.verdict import ORDER_TOLERANCE, Case, Theorem, Verdict, order_steps
 
@@ -348,14 +348,6 @@ def along_u(u: Array) -> tuple[Array, Array, Array]:
     return z, w / w.sum(), z[:, None] * length + 0.5 * length**2
 
 
-@dataclass(frozen=True, eq=False)
-class Score(Estimator):
-    """The score of the path, S = sum_i sigma_i = grad log p, per path."""
-
-    def cotangents(self, run: Run) -> Array:
-        return run.score_noise
-
-
 # ---- the theorem -----------------------------------------------------------------------------------------------------
 
 
@@ -590,7 +582,8 @@ def in_the_return() -> dict[str, Estimator]:
 
 def losses() -> dict[str, Estimator]:
     """What is sold as one: a per-step loss whose gradient misses part of it or all."""
-    return {"k1 as a loss": K1Loss(), "k3 of each step as a loss": K3Loss(), "analytic KL of each step as a loss": DetachedKL()}
+    forms = {"k1 as a loss": K1(), "k3 of each step as a loss": K3(), "analytic KL of each step as a loss": Analytic()}
+    return {name: KLForm(None, form) for name, form in forms.items()}
 
 
 def scored(at: Bare, noise: NoiseLike) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from scipy.interpolate import CubicSpline
 
 from ctrl import exact
 from ctrl.check import Array
-from ctrl.estimators import Run, runs
+from ctrl.estimators import Run, Score, information, runs
 from ctrl.evidence import mean_test
 from ctrl.noise import Noise, NoiseLike
 from ctrl.policy import BasisPolicy, Policy
@@ -27,7 +27,7 @@ from ctrl.reward import BumpReward
 from ctrl.schedule import TimeGrid
 from ctrl.theorems import style
 from ctrl.theorems.advantage import LastStep
-from ctrl.theorems.kl_estimators import LATTICE_STEPS, LatticeMoments, LogRatio, Score, States
+from ctrl.theorems.kl_estimators import LATTICE_STEPS, LatticeMoments, LogRatio, States
 from ctrl.theorems.path_kl import JOINT_STEPS
 from ctrl.theorems.policy_gradient import pattern_steps, richardson
 from ctrl.theorems.reversal import short_grid
@@ -131,13 +131,7 @@ def fisher(at: Walked) -> Array:
 
     Source: theory.md, section 8.   Checked: tests/test_theorem_performance_difference.py::test_fisher_is_the_hessian_of_the_path_kl
     """
-    case, c = at.case, at.case.problem.coefficients(at.case.grid)
-
-    def at_step(i: int, x: Array) -> Array:
-        slope = at.policy.jacobian_theta(case.grid, i, x)
-        return 2 * c.kappa[i] * c.dt[i] * np.einsum("mdp,mdq->mpq", slope, slope)
-
-    return at.states.mean(at_step).sum(axis=0)
+    return at.states.mean(partial(information, at.case.problem, at.policy, at.case.grid)).sum(axis=0)
 
 
 def directions(case: Case, seed: str, count: int) -> Array:
@@ -157,14 +151,10 @@ def weighted(run: Run, value: exact.Value, other: Policy) -> Array:
     cost' is that of theta'. The first has the mean of the surrogate, the second that of the exact identity.
     Source: theory.md, section 8.   Checked: tests/test_theorem_performance_difference.py::test_ratios_of_steps_and_of_paths
     """
-    c, grid, acted = run.coefficients, run.grid, run.paths.actions
-    assert acted is not None
-    change = np.stack([other.mean(grid, i, run.states[:, i]) for i in range(grid.steps)], axis=1) - acted
-    ahead = change * (c.h * c.dt / c.noise)[:, None]  # of the mean of X_{i+1}, in deviations
-    log = np.sum(ahead * run.xi - 0.5 * ahead**2, axis=2)
-    gain = np.diff(along(run, value), axis=1) - 0.5 * run.pull * np.sum((run.departure + change) ** 2, axis=2)
-    so_far = np.cumsum(log, axis=1)
-    return np.stack([np.sum(np.exp(ratio) * gain, axis=1) for ratio in (log, so_far, so_far[:, -1:])], axis=1)
+    moved = replace(run, policy=other, sampler=run.policy)
+    gain = np.diff(along(run, value), axis=1) - 0.5 * run.pull * np.sum((run.departure + moved.change) ** 2, axis=2)
+    so_far = np.cumsum(moved.log_ratio, axis=1)
+    return np.stack([np.sum(np.exp(ratio) * gain, axis=1) for ratio in (moved.log_ratio, so_far, so_far[:, -1:])], axis=1)
 
 
 @dataclass(frozen=True, eq=False)

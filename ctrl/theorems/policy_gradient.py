@@ -16,8 +16,8 @@ import numpy as np
 
 from ctrl import exact
 from ctrl.check import Array
-from ctrl.estimators import (ActionNoise, Estimator, FiniteDifference, LeaveOneOut, Pathwise, RewardToGo, Run, ScoreFunction,
-                             TemporalDifference, ValueFunction, ValueGradient, runs)
+from ctrl.estimators import (K1, K3, ActionNoise, Analytic, Estimator, FiniteDifference, KLForm, LeaveOneOut, Pathwise, RewardToGo, Run,
+                             ScoreFunction, TemporalDifference, ValueFunction, ValueGradient, runs)
 from ctrl.evidence import MeanTest, mean_test
 from ctrl.noise import Noise
 from ctrl.theorems import style
@@ -61,47 +61,6 @@ def estimators(value: ValueFunction | None) -> list[tuple[str, Estimator]]:
         return free
     return [*free, ("reward-to-go, baseline V", RewardToGo(baseline=value)), ("temporal difference", TemporalDifference(value)),
             ("value gradient", ValueGradient(value))]
-
-
-@dataclass(frozen=True, eq=False)
-class Folded(ScoreFunction):
-    """(A) the cost in the return and no e_i: reward folding."""
-
-    def cotangents(self, run: Run) -> Array:
-        return super().cotangents(run) - run.kl_term
-
-
-@dataclass(frozen=True, eq=False)
-class DetachedKL(Estimator):
-    """(B) e_i but the cost not in the return: KL as a per-step loss on detached states."""
-
-    def cotangents(self, run: Run) -> Array:
-        return run.reward[:, None, None] * run.score_noise + run.kl_term
-
-
-@dataclass(frozen=True, eq=False)
-class NoKL(Estimator):
-    """(C) neither."""
-
-    def cotangents(self, run: Run) -> Array:
-        return run.reward[:, None, None] * run.score_noise
-
-
-@dataclass(frozen=True, eq=False)
-class K1Loss(Estimator):
-    """lambda k1 as a loss on detached states: its gradient sum sigma_i has mean zero."""
-
-    def cotangents(self, run: Run) -> Array:
-        return (run.reward - run.problem.kl_weight)[:, None, None] * run.score_noise
-
-
-@dataclass(frozen=True, eq=False)
-class K3Loss(Estimator):
-    """lambda k3_i = lambda (e^{-k1_i} - 1 + k1_i) of every step as a loss on detached states: in the mean no more than e_i."""
-
-    def cotangents(self, run: Run) -> Array:
-        slope = run.problem.kl_weight * run.coefficients.discount * -np.expm1(-run.k1)
-        return (run.reward[:, None] - slope)[:, :, None] * run.score_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,16 +116,6 @@ class LaterSteps(RewardToGo):
 
 
 @dataclass(frozen=True, eq=False)
-class TruncatedAdjoint(Pathwise):
-    """Only the policy calls of the last step differentiated (DRaFT-1), sold as the full gradient."""
-
-    def cotangents(self, run: Run) -> Array:
-        u = super().cotangents(run)
-        u[:, :-1] = 0
-        return u
-
-
-@dataclass(frozen=True, eq=False)
 class LateActionReturn(ActionNoise):
     """Action noise with G_{i+1}, which leaves out the cost of the very action."""
 
@@ -180,10 +129,10 @@ def planted_errors(case: Case) -> list[tuple[str, Estimator, str]]:
     off_by_one = "" if case.linear and pattern_steps(case) > 1 else "one step late is an error O(D), below a sampled run's resolution"
     no_kl = "lambda = 0" if case.problem.kl_weight == 0 else ""
     return [
-        ("(A) cost in the return, no e_i", Folded(), no_kl),
-        ("(B) e_i, cost not in the return", DetachedKL(), no_kl),
-        ("(C) no KL gradient at all", NoKL(), no_kl),
-        ("k1 as a loss", K1Loss(), no_kl),
+        ("(A) cost in the return, no e_i", KLForm(Analytic(), None), no_kl),
+        ("(B) e_i, cost not in the return", KLForm(None, Analytic()), no_kl),
+        ("(C) no KL gradient at all", KLForm(None, None), no_kl),
+        ("k1 as a loss", KLForm(None, K1()), no_kl),
         ("sqrt(D) missing from sigma", Distorted(noise_factor=without_root_dt), ""),
         ("xi of step i + 1", Distorted(noise_factor=next_noise), off_by_one),
         ("g for h/(eta g)", Distorted(noise_factor=g_for_h_over_eta_g), at_one),
@@ -191,7 +140,7 @@ def planted_errors(case: Case) -> list[tuple[str, Estimator, str]]:
         ("mean over steps", Distorted(noise_factor=lambda run: run.score_noise / run.grid.steps), "N = 1" if case.steps == 1 else ""),
         ("baseline that looks at X_{i+1}", PeekingBaseline(), ""),
         ("deterministic prefix of steps", LaterSteps(), "N = 1" if case.steps == 1 else ""),
-        ("truncated adjoint sold as the full one", TruncatedAdjoint(), "N = 1" if case.steps == 1 else ""),
+        ("truncated adjoint sold as the full one", Pathwise(last=1), "N = 1" if case.steps == 1 else ""),
     ]
 
 
@@ -282,7 +231,7 @@ class PolicyGradient(Theorem):
         by_signs = case.linear and pattern_steps(case) > 1
         wrong = [] if by_signs else [(n, e) for n, e, invisible in planted_errors(case) if not invisible]
         wrong += [("own-mean baseline, batches of two", OwnMeanOfTwo())]
-        wrong += [("k3 as a loss", K3Loss())] if case.problem.kl_weight > 0 else []
+        wrong += [("k3 as a loss", KLForm(None, K3()))] if case.problem.kl_weight > 0 else []
         samples = self._samples(case, noise, [*right, *wrong])
         reference = samples["pathwise"]
         scale = float(np.linalg.norm(reference.mean(axis=0)))
