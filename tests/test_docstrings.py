@@ -18,7 +18,8 @@ MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.plan
            "theorems", "torch", "torch.images", "torch.rewards", "torch.classifiers")
 # Faces and containers that users meet only through the names above; a sentence is enough.
 PLUMBING = {
-    "estimators.Bias", "estimators.Estimator", "estimators.Need", "estimators.Run", "estimators.StepKL", "estimators.ValueFunction", "estimators.runs",
+    "estimators.Bias", "estimators.Estimator", "estimators.Need", "estimators.Run", "estimators.StepKL", "estimators.ValueFunction",
+    "estimators.runs",
     "exact.Terminal", "exact.ExactGradient", "exact.Value", "exact.Optimum",
     "exact.chain.applies", "exact.chain.entropy", "exact.chain.LinearChain", "exact.chain.QuadraticValue", "exact.chain.Optimum",
     "exact.tilt.Rule", "exact.tilt.log_partition", "exact.tilt.support", "exact.divergence.Divergence",

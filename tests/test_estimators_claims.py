@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
 
 import ctrl
 from ctrl.estimators import Bias, Claim, Given, Need, RewardToGo, catalogue, fisher
-from ctrl.evidence import fitted_order
+from ctrl.testing import ETAS, policies, problems, setups
 
 # What a biased one is off by, at least, relative to grad J, on the bench in one dimension with two steps.
 AT_LEAST = {
@@ -19,26 +22,31 @@ AT_LEAST = {
     "clipped ratio away from theta_old (PPO)": 0.1, "DDPO as published": 0.1, "reward-weighted regression": 0.2, "finite difference": 1e-8}
 
 
+def given_for(problem, policy, grid):
+    """The exact value and advantage, an old policy near by, and a damped Fisher matrix (that of few steps may be singular)."""
+    value = ctrl.exact.value(problem, policy, grid)
+
+    def advantage(i, x, a):
+        return (value.action_value(i, x, a) - value(i, x)) / grid.dt[i]
+
+    F = fisher(problem, policy, grid, ctrl.Noise.gauss_hermite(problem, policy, grid, nodes=3)) + 0.1 * np.eye(policy.theta.size)
+    return Given(value, advantage, policy.theta + np.resize([0.1, -0.3], policy.theta.size), F)
+
+
 @pytest.fixture(scope="module")
 def tried(bench):
     """(entry, setup, given) for every entry, with sampled actions where it needs them."""
-    out = []
-    for entry in catalogue():
-        setup = _, policy, grid = bench(dim=1, steps=2, sampled=Need.EXPLORATION in entry.needs)
-        value, F = ctrl.exact.value(*setup), fisher(*setup, ctrl.Noise.gauss_hermite(*setup, nodes=3))
-        advantage = lambda i, x, a, V=value, dt=grid.dt: (V.action_value(i, x, a) - V(i, x)) / dt[i]  # noqa: E731
-        out.append((entry, setup, Given(value, advantage, policy.theta + np.array([0.1, -0.3]), F)))
-    return out
+    benches = {sampled: bench(dim=1, steps=2, sampled=sampled) for sampled in (False, True)}
+    chosen = [(entry, benches[Need.EXPLORATION in entry.needs]) for entry in catalogue()]
+    return [(entry, setup, given_for(*setup)) for entry, setup in chosen]
 
 
-def bias(entry, setup, given):
-    """|mean - what it claims to be the mean| / |that|, by Gauss-Hermite nodes."""
-    nodes = 4 if Need.EXPLORATION in entry.needs else 30
+def bias(entry, setup, given, nodes=30):
+    """|mean - what it claims to be the mean| / |that|, by Gauss-Hermite nodes (4 for action noise, which is polynomial)."""
     g = ctrl.exact.evaluate(*setup).gradient.theta
-    targets = {"grad J": g, "grad J of sampled actions": g, "F^-1 grad J": np.linalg.solve(given.fisher, g)}
-    target = targets[entry.claim.of]
-    estimate = entry.make(given)(*setup, ctrl.Noise.gauss_hermite(*setup, nodes=nodes))
-    return float(np.linalg.norm(estimate.mean - target) / np.linalg.norm(target))
+    target = {"grad J": g, "grad J of sampled actions": g, "F^-1 grad J": np.linalg.solve(given.fisher, g)}[entry.claim.of]
+    noise = ctrl.Noise.gauss_hermite(*setup, nodes=4 if Need.EXPLORATION in entry.needs else nodes)
+    return float(np.linalg.norm(entry.make(given)(*setup, noise).mean - target) / np.linalg.norm(target))
 
 
 def holds(name, claim, error):
@@ -61,16 +69,32 @@ def test_planted_claims_are_refuted(tried):
         assert not holds(entry.name, opposite, bias(entry, setup, given)), entry.name
 
 
-def test_order_d_claims_are_of_order_d(bench, away):
-    problem, policy, _ = bench(dim=1)
-    steps = np.array([40, 80, 160, 320])
+@settings(max_examples=8)
+@hypothesis.given(setups(dim=1, max_steps=2), setups(dim=1, max_steps=2, sampled=True))
+def test_unbiased_claims_on_random_problems(means, sampled):
+    given = {setup: given_for(*setup) for setup in (means, sampled)}
     for entry in catalogue():
-        if entry.claim.bias is Bias.ORDER_D:
-            found = []
-            for n in steps.tolist():
-                setup = problem, policy, problem.grid(n)
-                found.append(away(entry.make(Given(ctrl.exact.value(*setup))), *setup, ctrl.Noise.cross(*setup)))
-            assert abs(fitted_order(1 / steps, np.array(found)).slope - 1) <= 0.05, entry.name
+        if entry.claim.bias is Bias.NONE:
+            setup = sampled if Need.EXPLORATION in entry.needs else means
+            assert bias(entry, setup, given[setup], nodes=20) <= 1e-9, entry.name
+
+
+@settings(max_examples=8)
+@hypothesis.given(st.data())
+def test_order_d_claims_on_random_problems(data):
+    """The bias halves with the step."""
+    problem = data.draw(problems(etas=(0.0, *ETAS)))
+    policy, steps = data.draw(policies(problem)), (80, 160, 320)
+    (entry,) = [entry for entry in catalogue() if entry.claim.bias is Bias.ORDER_D]
+    chains = [(problem, policy, problem.grid(n)) for n in steps]
+    errors = [relative_by_cross(entry.make(Given(ctrl.exact.value(*chain))), *chain) for chain in chains]
+    assert np.all(np.abs(np.log2(errors[:-1]) - np.log2(errors[1:]) - 1) < 0.1), errors
+
+
+def relative_by_cross(estimator, problem, policy, grid):
+    target = ctrl.exact.evaluate(problem, policy, grid).gradient.theta
+    mean = estimator(problem, policy, grid, ctrl.Noise.cross(problem, policy, grid)).mean
+    return np.linalg.norm(mean - target) / np.linalg.norm(target)
 
 
 def test_the_catalogue_says_what_is_lacking(bench):
