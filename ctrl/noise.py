@@ -413,6 +413,9 @@ class ArrayNoise:
             object.__setattr__(self, "action_normals", check.array("action_normals", self.action_normals, steps.shape, f"{steps.shape}"))
         if self.weights is not None:
             object.__setattr__(self, "weights", check.array("weights", self.weights, (len(start),), f"({len(start)},)"))
+        if check.integer("group", self.group, at_least=1) > 1 and (self.weights is not None or len(start) % self.group):
+            given = "weights" if self.weights is not None else f"{len(start)} paths"
+            raise ValueError(f"group: expected 1 with weights, or whole groups of paths, got {self.group} with {given}")
 
     @property
     def paths(self) -> int:

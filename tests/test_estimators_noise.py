@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ctrl
-from ctrl.estimators import DDPO, LogVariance, Pathwise, RewardToGo, ScoreFunction, contract, runs
-from ctrl.estimators.likelihood import LeaveOneOut
+from ctrl.estimators import DDPO, LeaveOneOut, LogVariance, Pathwise, RewardToGo, ScoreFunction, contract, runs
+from ctrl.noise import ArrayNoise
 from ctrl.testing import assert_mean
 
 
@@ -23,8 +23,6 @@ def gradient(problem, policy, grid):
 @pytest.mark.parametrize("estimator", [ScoreFunction(), RewardToGo(sampled_kl=True), Pathwise()], ids=lambda e: type(e).__name__)
 def test_pairs_have_the_mean_of_paths(bench, estimator):
     """Over all sign patterns with their mirror images beside them: the pair's mean is grad J, as an identity."""
-    from ctrl.noise import ArrayNoise
-
     setup = problem, _, grid = bench(steps=2)
     rule = ctrl.Noise.signs(*setup)
     start, steps = (np.repeat(z, 2, axis=0) for z in (rule.start(problem.dim), rule.steps(grid.steps, problem.dim)))

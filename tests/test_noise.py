@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ctrl import Gaussian, Noise, TimeGrid
 from ctrl.kernels import normals
-from ctrl.noise import CoarsenedNoise
+from ctrl.noise import ArrayNoise, CoarsenedNoise
 from scipy import stats
 
 Z = stats.norm.isf(0.5e-6)
@@ -339,6 +339,17 @@ def test_array_noise_is_sliced_and_says_what_it_lacks():
     for ask in (lambda: noise.actions(3, 2), lambda: noise.component([1.0]), lambda: noise.choice([1.0]), lambda: noise.steps(4, 2)):
         with pytest.raises(ValueError, match="noise: expected"):
             ask()
+
+
+def test_array_noise_says_what_it_expects():
+    start, steps = np.zeros((4, 2)), np.zeros((4, 3, 2))
+    for given, message in (({"weights": np.ones(3)}, "weights"), ({"group": 3}, "group"), ({"group": 2, "weights": np.ones(4)}, "group"),
+                           ({"action_normals": np.zeros((4, 2, 2))}, "action_normals")):
+        with pytest.raises(ValueError, match=message):
+            ArrayNoise(start, steps, **given)
+    with pytest.raises(ValueError, match="step_normals"):
+        ArrayNoise(start, steps[:3])
+    assert ArrayNoise(start, steps, group=2).group == 2
 
 
 def test_sobol_replicates_are_unbiased_and_narrow():

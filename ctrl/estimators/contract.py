@@ -266,7 +266,7 @@ def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, dty
     width = max(problem.dim * (grid.steps + 1), policy.theta.size)
     fit, pair = CHUNK_BYTES // (8 * width), 2 * (unit or noise.group)
     # Whole units where two of them fit or the caller needs them; of a long replicate, pieces.
-    size = max(1, fit // pair) * pair if fit >= pair or unit or pair <= 4 else fit // 4 * 4 or 4
+    size = fit // pair * pair or (pair if unit or pair <= 4 else max(fit // 4 * 4, 4))
     for first in range(0, noise.paths, size):
         part = noise[first : first + size]
         yield Run(problem, policy, grid, part, simulate(problem, sampler or policy, grid, part, dtype=dtype, trajectory=True), sampler)
