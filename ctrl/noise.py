@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtri
 
 from ctrl import check
 from ctrl.check import Array
@@ -529,6 +528,8 @@ class SobolNoise:
 
     @cached_property
     def _normals(self) -> Array:
+        from scipy.special import ndtri  # heavy: only when asked for
+
         return ndtri(self._uniforms[:, :-2])
 
     @cached_property
@@ -545,7 +546,7 @@ class SobolNoise:
 @lru_cache(maxsize=4)
 def _scrambled(seed: int, replicate: int, points: int, coordinates: int) -> Array:
     """A replicate's uniforms, the middles of cells of 2^-52, (points, coordinates); kept, as chunks of paths ask for it again."""
-    from scipy.stats import qmc  # heavy: only when asked for
+    from scipy.stats import qmc
 
     engine = qmc.Sobol(coordinates, scramble=True, bits=52, seed=np.random.default_rng((seed, replicate)))
     out = engine.random(points) + 2.0**-53
