@@ -245,8 +245,9 @@ USERS = {
     "idle": ctrl.Problem(ctrl.VP(0.1, 10.0), ctrl.Gaussian([1.0, 0.0], 0.5 * np.eye(2)), ctrl.LinearReward([0.0, 0.0]), kl_weight=0.0, eta=0.5)}
 
 
-@pytest.mark.parametrize(("name", "theorem"), [("wide", PathKL()), ("wide", DeterministicSampler()), ("idle", ValueMartingale()), ("idle", PolicyGradient()),
-                                               ("idle", ValueLearning())], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(("name", "theorem"), [
+    ("wide", PathKL()), ("wide", DeterministicSampler()), ("idle", ValueMartingale()), ("idle", PolicyGradient()), ("idle", ValueLearning()),
+], ids=lambda v: getattr(v, "name", v))
 def test_a_users_problem_is_never_failed_for_what_it_cannot_show(name, theorem):
     """Coarse grids, wide laws, objectives that are constant: skipped with the reason, on a user's problem alone."""
     case = Case(name, USERS[name], quick=True, seed=0, own=True)
