@@ -474,7 +474,7 @@ class _KernelValue(Value):
         if i + 1 < chain.grid.steps and np.all(sd >= lattice.step):
             return chain.decay(i) * self._moments(i, centre, sd)[:, 0] - cost
         # r is known itself, and an action given may leave less noise than the lattice resolves: V_{i+1} at the nodes of a rule
-        xi = np.linspace(-6.4, 6.4, 33) if chain.c.noise[i] > 0 else np.zeros(1)
+        xi = np.linspace(-6.4, 6.4, 65) if chain.c.noise[i] > 0 else np.zeros(1)
         weight = np.exp(-0.5 * xi**2)
         noise = chain.c.noise[i] * np.stack(np.broadcast_arrays(xi[:, None], xi), axis=-1).reshape(-1, 2)
         nodes = (centre[:, None] + noise).reshape(-1, 2)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REACH = 2.0  # distance of tried actions from the policy's mean, score units
+NUDGE = 0.25  # V is known in the chain's tails and little farther
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +77,10 @@ def rate(at: Solved) -> exact.Advantage:
 
 
 def tried(case: Case, policy: Policy, i: int, x: Array) -> Array:
-    """Actions at distance REACH from the mean, one direction a state, (n, d)."""
-    z = case.noise(f"actions {i}", len(x)).actions(1, x.shape[1])[:, 0]
-    return policy.mean(case.grid, i, x) + REACH * z / np.linalg.norm(z, axis=1, keepdims=True)
+    """Actions at distance REACH from the mean, one direction a state, (n, d); in the plane no farther than moves X by NUDGE of a step's noise."""
+    z, c = case.noise(f"actions {i}", len(x)).actions(1, x.shape[1])[:, 0], case.problem.coefficients(case.grid)
+    far = min(REACH, NUDGE * c.noise[i] / (c.h[i] * c.dt[i])) if case.planar else REACH
+    return policy.mean(case.grid, i, x) + far * z / np.linalg.norm(z, axis=1, keepdims=True)
 
 
 def rate_errors(case: Case, policy: Policy, gain: str = "h") -> tuple[Array, Array, Array, Array]:
