@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REACH = 2.0  # distance of tried actions from the policy's mean, score units
-NUDGE = 0.25  # V is known in the chain's tails and little farther
+NUDGE = 0.5  # V is known in the chain's tails and little farther
 
 
 @dataclass(frozen=True, eq=False)
