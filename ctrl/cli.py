@@ -54,7 +54,7 @@ class Zoo:
     def run(self) -> int:
         from ctrl import zoo
 
-        for make in zoo.PROBLEMS:
+        for make in (*zoo.PROBLEMS, *zoo.HARD):
             summary = " ".join((make.__doc__ or "").split("\n")[0].split())
             print(f"{make.__name__}\n    {summary}\n    {_known(make())}")
         return 0
@@ -71,7 +71,7 @@ def _known(problem: ctrl.Problem, steps: int = 50) -> str:
     except ValueError:
         return line + "no exact truth: identities, and estimators against each other"
     line += f"truth by {truth.method}: pre-trained E r = {truth.expected_reward:.6f}"
-    if truth.method == "chain":
+    if truth.method in ("chain", "quadrature"):
         best = exact.optimum(problem, grid)
         line += f", optimum J* = {best.objective:.6f} at {best.path_kl:.4f} nats"
     return line + f" (N = {steps})"

@@ -1,6 +1,6 @@
 """Named problems: the reference Gaussian, a mixture, a correlated Gaussian in eight dimensions, and real digits.
 
-Every function returns a Problem; `PROBLEMS` lists them in the order in which `ctrl verify` runs them.
+Every function returns a Problem; `PROBLEMS` lists those that `ctrl verify` runs, in its order, `HARD` one whose optimum is hard to find.
 """
 
 from __future__ import annotations
@@ -133,3 +133,4 @@ def digit_classes(dimensions: int, components: int) -> tuple[Array, tuple[Gaussi
 
 
 PROBLEMS: tuple[Callable[[], Problem], ...] = (gaussian_pull_2d, mixture_bump_1d, gaussian_8d, digits_line, digits_plane)
+HARD: tuple[Callable[[], Problem], ...] = (double_well_2d,)  # for learning: not run by `ctrl verify`, where several planted errors are small on it
