@@ -133,4 +133,5 @@ def digit_classes(dimensions: int, components: int) -> tuple[Array, tuple[Gaussi
 
 
 PROBLEMS: tuple[Callable[[], Problem], ...] = (gaussian_pull_2d, mixture_bump_1d, gaussian_8d, digits_line, digits_plane)
-HARD: tuple[Callable[[], Problem], ...] = (double_well_2d,)  # for learning: not run by `ctrl verify`, where several planted errors are small on it
+# For learning; not run by `ctrl verify`, since several planted errors are small on it.
+HARD: tuple[Callable[[], Problem], ...] = (double_well_2d,)
