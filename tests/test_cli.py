@@ -113,7 +113,8 @@ def test_zoo_lists_every_problem(capsys, monkeypatch):
     best = ctrl.exact.optimum(pull, grid)
     known = cli._known(pull, 5)
     assert f"pre-trained E r = {ctrl.exact.evaluate(pull, pull.pretrained(grid), grid).expected_reward:.6f}" in known and "truth by chain" in known
-    assert f"J* = {best.objective:.6f} at {best.path_kl:.4f} nats" in known and "truth by quadrature" in (line := cli._known(mixture, 5)) and "J* = " in line
+    assert f"J* = {best.objective:.6f} at {best.path_kl:.4f} nats" in known
+    assert "truth by quadrature" in (line := cli._known(mixture, 5)) and "J* = " in line
     monkeypatch.setattr(cli, "_known", lambda problem: "known")
     assert cli.main(["zoo"]) == 0
     lines = capsys.readouterr().out.splitlines()
