@@ -1,4 +1,4 @@
-"""The command line: `ctrl verify`, `ctrl zoo`, `ctrl finetune`, `ctrl compare` (exit 0: all holds, 1: a verdict or a run fails, 2: bad usage)."""
+"""The command line: `ctrl verify`, `zoo`, `audit`, `finetune`, `compare` (exit 0: all holds, 1: a verdict or a run fails, 2: bad usage)."""
 
 from __future__ import annotations
 
@@ -78,6 +78,25 @@ def _known(problem: ctrl.Problem, steps: int = 50) -> str:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """Check a sampler step of your own: its density, noise, ratio, KL, batches, last step and law."""
+
+    step: tyro.conf.Positional[str]
+    """FILE.py:NAME, a function (x, t, t_next, model, generator, x_next=None) -> (x_next, log_prob (n,)), or a diffusers scheduler.
+    Beside it in the file: TIMES (N + 1 of them, from noise to data), schedule() -> alphas_cumprod at TIMES, or a tuple (alpha, sigma);
+    and where needed kl(x, t, t_next, model, reference) -> (n,), PREDICTION = "epsilon", SHAPE = (3, 4, 4), ETA = 1 (of a scheduler)."""
+    seed: int = 0
+    """Seed of all noise."""
+    out: Path | None = None
+    """Folder for verdicts.json (default: the table alone)."""
+
+    def run(self) -> int:
+        from ctrl.audit import audit
+
+        return 0 if all(row.holds is not False for row in audit(self.step, self.seed, self.out)) else 1
+
+
+@dataclass(frozen=True)
 class _Heavy:
     """A command whose settings live with torch, which the other commands do without."""
 
@@ -141,6 +160,7 @@ HEAVY = {"finetune": _Heavy("ctrl.torch.finetune", "Finetune"), "compare": _Heav
 Command = (
     Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Zoo, tyro.conf.subcommand("zoo")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Compare, tyro.conf.subcommand("compare")])
 
@@ -154,10 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given and given[0] in HEAVY:
             return HEAVY[given[0]].settings(given[1:], f"ctrl {given[0]}").run()
-        command: Verify | Zoo | Finetune | Compare = parsed(Command, given, "ctrl", ctrl.__doc__)
+        command: Verify | Zoo | Audit | Finetune | Compare = parsed(Command, given, "ctrl", ctrl.__doc__)
         if "--only" in given and isinstance(command, Verify) and not command.only:
             raise ValueError("only: expected at least one theorem, got none")
-        assert isinstance(command, (Verify, Zoo))  # the others were met above
+        assert isinstance(command, (Verify, Zoo, Audit))  # the others were met above
         return command.run()
     except ModuleNotFoundError as error:
         print(f"ctrl: error: {missing(error.name or '')}", file=sys.stderr)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -69,6 +70,15 @@ def user_object(argument: str, reference: str) -> tuple[str, Any]:
 
     Source: design.md's contract.   Checked: tests/test_verify.py::test_user_problem
     """
+    name, module = user_module(argument, reference)
+    return name, getattr(module, name, None)
+
+
+def user_module(argument: str, reference: str) -> tuple[str, ModuleType]:
+    """(NAME, the module that FILE.py is), from "FILE.py:NAME"; runs the user's file.
+
+    Source: design.md's contract.   Checked: tests/test_verify.py::test_user_problem
+    """
     file, _, name = reference.rpartition(":")
     path = Path(file)
     if not file or not name.isidentifier():
@@ -87,4 +97,4 @@ def user_object(argument: str, reference: str) -> tuple[str, Any]:
         raise ValueError(f"{argument}: expected {path.name} to run, got {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
-    return name, getattr(module, name, None)
+    return name, module

@@ -1,4 +1,4 @@
-"""The report of `ctrl verify`: one self-contained page, and the table of the smallest planted errors that the checks see."""
+"""The report of `ctrl verify`: the printed table, one self-contained page, and the table of the smallest planted errors that the checks see."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import inspect
 import io
 import math
 import re
+import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,42 @@ RESOLUTION = (
     r"\mathrm{Monte\ Carlo:}\quad \varepsilon\, |G| = s \left( (1 - \varepsilon)\, \mathrm{se}_{\mathrm{right}}"
     r" + \varepsilon\, \mathrm{se}_{\mathrm{wrong}} \right)")
 COLUMNS = ("theorem", "problem", "planted", "by", "measured", "expected", "tolerance", "z", "standard_error", "right_error", "resolution", "caught")
+WIDTHS = (("theorem", 15), ("problem", 16), ("check", 11), ("measured", 12), ("expected", 12), ("tol. or z", 9), ("verdict", 7), ("sec.", 6))
 KINDS = {"exact": "identity", "monte_carlo": "Monte Carlo", "limit": "order", "planted": "planted", "skipped": "skipped"}
+
+
+# ---- the printed table -----------------------------------------------------------------------------------------------------
+
+
+def header(theorem: str = "theorem", problem: str = "problem") -> str:
+    """The line above `line`'s, with names for its first two columns."""
+    names = (theorem, problem, *(name for name, _ in WIDTHS[2:]))
+    return " ".join(f"{name:<{width}}" for name, (_, width) in zip(names, WIDTHS, strict=True)) + " what"
+
+
+def line(row: Verdict, width: int) -> str:
+    """One verdict, cut at the terminal's width but never before the verdict."""
+    def number(x: float | None, form: str) -> str:
+        return "-" if x is None else format(x, form)
+
+    said = "skipped" if row.holds is None else "ok" if row.holds else "FAIL"
+    if row.check == "planted" and row.holds:
+        said = "caught"
+    bound = number(row.tolerance, ".2g") if row.z is None else f"z {row.z:+.2f}" if abs(row.z) < 1e3 else f"z {row.z:+.0e}"
+    cells = (row.theorem, row.problem, row.check, number(row.measured, ".6g"), number(row.expected, ".6g"), bound, said, f"{row.seconds:.2f}")
+    text = " ".join(f"{cell:<{size}}" for cell, (_, size) in zip(cells, WIDTHS, strict=True)) + " " + row.reason
+    width = max(width, len(header()))  # the verdict always shows
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def timed(rows: Iterator[Verdict]) -> Iterator[Verdict]:
+    """Each verdict with the seconds that it took."""
+    while True:
+        start = time.perf_counter()
+        row = next(rows, None)
+        if row is None:
+            return
+        yield replace(row, seconds=round(time.perf_counter() - start, 4))
 
 
 # ---- the table of resolutions ----------------------------------------------------------------------------------------------

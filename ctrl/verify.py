@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import sha256
 from multiprocessing import current_process
@@ -43,8 +43,6 @@ from ctrl.theorems.verdict import Case, Theorem, Verdict
 THEOREMS: tuple[Theorem, ...] = (
     Reversal(), Exploration(), PathKL(), ValueMartingale(), ValueLearning(), AdvantageRate(), PolicyGradient(), PerformanceDifference(),
     OptimalTilt(), GibbsExploration(), DeterministicSampler(), StepSize(), ValueAnsatz(), KLEstimators())
-
-COLUMNS = (("theorem", 15), ("problem", 16), ("check", 11), ("measured", 12), ("expected", 12), ("tol. or z", 9), ("verdict", 7), ("sec.", 6))
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,9 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
         progress.read()
     started = time.perf_counter()
     width = shutil.get_terminal_size((200, 24)).columns if stream.isatty() else 10**6
-    print(_header(), file=stream)
+    print(report.header(), file=stream)
     for row in progress.rows:
-        print(_line(row, width), file=stream)
+        print(report.line(row, width), file=stream)
     try:
         _run(settings, chosen, cases, progress, stream, width)
     finally:
@@ -162,7 +160,7 @@ def _run(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Case],
             else:
                 for row in part:
                     progress.rows.append(row)
-                    tqdm.write(_line(row, width), file=stream)
+                    tqdm.write(report.line(row, width), file=stream)
                     stream.flush()
                 progress.done.append([name, case_name])
                 progress.rows.sort(key=lambda row: order.get((row.theorem, row.problem), -1))  # rows of other theorems, resumed, first
@@ -233,7 +231,7 @@ def _rows(theorem: Theorem, case: Case) -> Iterator[Verdict]:
 
     with threadpool_limits(1):
         try:
-            yield from _timed(theorem.checks(case))
+            yield from report.timed(theorem.checks(case))
         except ValueError as error:
             if not case.own or str(error).startswith(("reward", "action")):
                 raise
@@ -242,16 +240,6 @@ def _rows(theorem: Theorem, case: Case) -> Iterator[Verdict]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _timed(rows: Iterator[Verdict]) -> Iterator[Verdict]:
-    """Each verdict with the seconds that it took."""
-    while True:
-        start = time.perf_counter()
-        row = next(rows, None)
-        if row is None:
-            return
-        yield replace(row, seconds=round(time.perf_counter() - start, 4))
 
 
 def _facts(settings: Settings, progress: Progress, seconds: float) -> dict[str, str]:
@@ -296,24 +284,6 @@ def user_problem(reference: str) -> tuple[str, Problem]:
     if not isinstance(problem, Problem):
         raise ValueError(f"problem: expected {name} in {Path(file).name} to be a ctrl.Problem (or to return one), got {type(problem).__name__}")
     return name, problem
-
-
-def _header() -> str:
-    return " ".join(f"{name:<{width}}" for name, width in COLUMNS) + " what"
-
-
-def _line(row: Verdict, width: int) -> str:
-    def number(x: float | None, form: str) -> str:
-        return "-" if x is None else format(x, form)
-
-    said = "skipped" if row.holds is None else "ok" if row.holds else "FAIL"
-    if row.check == "planted" and row.holds:
-        said = "caught"
-    bound = number(row.tolerance, ".2g") if row.z is None else f"z {row.z:+.2f}" if abs(row.z) < 1e3 else f"z {row.z:+.0e}"
-    cells = (row.theorem, row.problem, row.check, number(row.measured, ".6g"), number(row.expected, ".6g"), bound, said, f"{row.seconds:.2f}")
-    text = " ".join(f"{cell:<{size}}" for cell, (_, size) in zip(cells, COLUMNS, strict=True)) + " " + row.reason
-    width = max(width, len(_header()))  # the verdict always shows
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _summary(progress: Progress, seconds: float) -> str:
