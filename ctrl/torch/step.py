@@ -279,10 +279,10 @@ def _scheduled(name: str, scheduler: Any, eta: float, shape: tuple[int, ...], kl
     """A diffusers DDIMScheduler or DDPMScheduler whose timesteps are set; eta is DDIM's."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    if not isinstance(scheduler, (DDIMScheduler, DDPMScheduler)) or scheduler.num_inference_steps is None:
+    ddim, ddpm = (isinstance(scheduler, kind) for kind in (DDIMScheduler, DDPMScheduler))
+    if not (ddim or ddpm) or scheduler.num_inference_steps is None:
         raise ValueError(f"step: expected a DDIMScheduler or a DDPMScheduler after set_timesteps, got {type(scheduler).__name__}"
-                         + (" before it" if isinstance(scheduler, (DDIMScheduler, DDPMScheduler)) else ""))
-    ddim = isinstance(scheduler, DDIMScheduler)
+                         + (" before it" if ddim or ddpm else ""))
     kept, last = scheduler.alphas_cumprod.double(), float(scheduler.final_alpha_cumprod if ddim else 1.0)
 
     def level(t: int) -> Level:
