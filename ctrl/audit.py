@@ -39,7 +39,7 @@ LEAST_ORDER = 0.5  # half way between a step of order 1 and one whose error does
 
 
 class Slice(NamedTuple):
-    """exp(log_prob) along one coordinate: nodes (m, *shape), weights, and its mass, mean and std there; NaN where it is no density."""
+    """exp(log_prob) along one coordinate: nodes (m, *shape), their distance, and its mass, mean and std there; NaN where it is no density."""
 
     nodes: Tensor
     width: float
@@ -89,8 +89,8 @@ class Bench:
         m, P = jump.here.law(shape)
         return m + P.sqrt() * torch.randn((n, *shape), dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed + label))
 
-    def draw(self, x: Tensor, jump: Jump, label: int, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        return self.sampler.draw(x, jump, model or self.model, self.seed + label)
+    def draw(self, x: Tensor, jump: Jump, label: int) -> tuple[Tensor, Tensor]:
+        return self.sampler.draw(x, jump, self.model, self.seed + label)
 
     def moments(self, jump: Jump) -> Moments:
         """Of x_next given `point`, one coordinate."""
@@ -113,7 +113,7 @@ class Bench:
     @cached_property
     def eps(self) -> float:
         """The unit roundoff that the step works in: of its results' dtypes, and single at best where a change of 1e-8 in x is not felt linearly."""
-        jump = self.sampler.jumps[0]
+        jump = self.jumps[0]
         x = self.point(jump)
         with torch.no_grad():
             x_next, _ = self.draw(x, jump, 4)
