@@ -317,11 +317,11 @@ BAD = [
      "PREDICTION: expected one of epsilon, sample, v_prediction, flow_prediction, score, got 'noise'"),
     (HEAD + "SHAPE = (0,)\ndef step(x): pass", "SHAPE: expected a tuple of positive integers, got (0,)"),
     (HEAD + "kl = 3\ndef step(x): pass", "kl: expected a function (x, t, t_next, model, reference) -> (n,), got int"),
-    (HEAD + "def step(x): pass", "step: expected to run at t = 3 -> 2 with x (1, 1, 1, 1), got TypeError"),
+    (HEAD + "def step(x): pass", "step: expected to run at t = 3 -> 2 with x (2, 3, 4, 4), got TypeError"),
     (HEAD + LOOP.format("x"), "step: expected two tensors, (x_next, log_prob), got Tensor"),
-    (HEAD + LOOP.format("x, eps"), "step: expected x_next (1, 1, 1, 1) and log_prob (1,) for x (1, 1, 1, 1) (a step on states of another shape"),
+    (HEAD + LOOP.format("x, eps"), "step: expected x_next (2, 3, 4, 4) and log_prob (2,) for x (2, 3, 4, 4) (a step on states of another shape"),
     (HEAD + LOOP.format("x, torch.zeros(len(x))"), "step: expected a step that adds noise and has a density, got none at t = 3 -> 2, t = 2 -> 1"),
-    (HEAD + LOOP.replace("model(x, t)", "model(x, t / 1000)").format("x, x"), "step: expected to run at t = 3 -> 2 with x (1, 1, 1, 1), got "
+    (HEAD + LOOP.replace("model(x, t)", "model(x, t / 1000)").format("x, x"), "step: expected to run at t = 3 -> 2 with x (2, 3, 4, 4), got "
      "ValueError: model: expected to be called at one of TIMES, in the step's own units, got 0.003"),
     ("import diffusers\nstep = diffusers.DDIMScheduler()", "step: expected a DDIMScheduler or a DDPMScheduler after set_timesteps, got DDIMScheduler "
      "before it"),
