@@ -363,7 +363,8 @@ def last_step(bench: Bench) -> Iterator[Verdict]:
     """
     jump = bench.last
     if bench.moments(jump).noiseless:
-        yield bench.exact("last_step", "it adds no noise, so that it has no density: |log_prob| must be 0", [jump], [bench.largest_log_prob(jump)], 0.0, 1e-9)
+        yield bench.exact("last_step", "it adds no noise, so that it has no density: |log_prob| must be 0", [jump], [bench.largest_log_prob(jump)],
+                          0.0, 1e-9)
     else:
         yield from noise(bench, "last_step", [jump])
     grids = list(_coarser(bench))
