@@ -1,4 +1,4 @@
-"""The command line: `ctrl verify`, `zoo`, `audit`, `finetune`, `compare` (exit 0: all holds, 1: a verdict or a run fails, 2: bad usage)."""
+"""The command line: `ctrl verify`, `zoo`, `audit`, `bench`, `finetune`, `compare` (exit 0: all holds, 1: a verdict or a run fails, 2: bad usage)."""
 
 from __future__ import annotations
 
@@ -45,6 +45,32 @@ class Verify:
 
         rows = verify(Settings(self.quick, self.only, self.problem, self.out, self.resume, self.seed, self.threads))
         return 0 if all(row.holds is not False for row in rows) else 1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Compare estimators of the gradient: bias, variance, speed and cost; a claim that is broken is exit code 1."""
+
+    estimator: str | None = None
+    """An estimator of your own, FILE.py:NAME: (problem, policy, grid, noise) -> Gradient."""
+    problem: str = "gaussian_pull_2d"
+    """A problem of the zoo, or your own, FILE.py:NAME."""
+    steps: tuple[int, ...] = (5, 10, 20, 40)
+    """Numbers of steps, for how the variance grows; the table is of the last."""
+    paths: int = 10_000
+    """Paths of every estimate."""
+    batch: tuple[int, ...] = (4, 16, 64, 256)
+    """Batches for the signal-to-noise ratio."""
+    out: Path = Path("bench")
+    """Folder for rows.csv and bench.png."""
+    seed: int = 0
+    """Seed of all noise."""
+
+    def run(self) -> int:
+        from ctrl.bench import Settings, bench
+
+        rows = bench(Settings(self.estimator, self.problem, self.steps, self.paths, self.batch, self.out, self.seed))
+        return 0 if all(row.holds for row in rows) else 1
 
 
 @dataclass(frozen=True)
@@ -159,6 +185,7 @@ HEAVY = {"finetune": _Heavy("ctrl.torch.finetune", "Finetune"), "compare": _Heav
 
 Command = (
     Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Zoo, tyro.conf.subcommand("zoo")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
@@ -174,10 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given and given[0] in HEAVY:
             return HEAVY[given[0]].settings(given[1:], f"ctrl {given[0]}").run()
-        command: Verify | Zoo | Audit | Finetune | Compare = parsed(Command, given, "ctrl", ctrl.__doc__)
+        command: Verify | Bench | Zoo | Audit | Finetune | Compare = parsed(Command, given, "ctrl", ctrl.__doc__)
         if "--only" in given and isinstance(command, Verify) and not command.only:
             raise ValueError("only: expected at least one theorem, got none")
-        assert isinstance(command, (Verify, Zoo, Audit))  # the others were met above
+        assert isinstance(command, (Verify, Bench, Zoo, Audit))  # the others were met above
         return command.run()
     except ModuleNotFoundError as error:
         print(f"ctrl: error: {missing(error.name or '')}", file=sys.stderr)
