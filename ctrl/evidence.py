@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from ctrl import check
 from ctrl.check import Array
 
 FALSE_ALARM = 1e-6
@@ -95,3 +96,17 @@ def fitted_order(dt: Array, error: Array) -> Order:
     residual = np.log(error) - design @ solution
     covariance = np.linalg.inv(design.T @ design) * float(residual @ residual) / max(len(dt) - 3, 1)
     return Order(float(solution[1]), float(np.sqrt(covariance[1, 1])))
+
+
+def fitted_power(x: Array, y: Array) -> Order:
+    r"""The slope p of  log y = a + p log x,  by least squares, with the standard error that the scatter about the line implies.
+
+    x, y : (m,), m >= 3, positive.   Source: theory.md, section 0.   Checked: tests/test_scaling.py::test_planted_exponents_are_found
+    """
+    u, v = (np.log(check.array(name, a, (None,), "(m,)")) for name, a in (("x", x), ("y", y)))
+    if not 3 <= len(u) == len(v):
+        raise ValueError(f"x, y: expected at least 3 pairs, got {len(u)} and {len(v)}")
+    centred = u - u.mean()
+    slope = float(centred @ v / (centred @ centred))
+    residual = v - v.mean() - slope * centred
+    return Order(slope, float(np.sqrt(residual @ residual / (len(u) - 2) / (centred @ centred))))

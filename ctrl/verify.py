@@ -21,6 +21,7 @@ from ctrl import check, report, zoo
 from ctrl.evidence import FALSE_ALARM, MISS
 from ctrl.files import environment, user_object, versions, writable, write_json, write_text
 from ctrl.laws import GaussianMixture
+from ctrl.parallel import side_by_side
 from ctrl.problem import Problem
 from ctrl.theorems.advantage import AdvantageRate
 from ctrl.theorems.deterministic_sampler import DeterministicSampler
@@ -180,13 +181,10 @@ def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Part]:
         for function, theorem, case in tasks:
             yield function(theorem, case)
         return
-    from joblib import Parallel, delayed, parallel_config
-
-    with parallel_config(backend="loky", inner_max_num_threads=1):
-        # Long tasks begun first do not leave one process working alone at the end.
-        calls = (delayed(_in_worker)(function, theorem, settings if case.own else pickle.dumps(case))
-                 for function, theorem, case in sorted(tasks, key=_size, reverse=True))
-        yield from Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)(calls)
+    # Long tasks begun first do not leave one process working alone at the end.
+    calls = ((function, theorem, settings if case.own else pickle.dumps(case))
+             for function, theorem, case in sorted(tasks, key=_size, reverse=True))
+    yield from side_by_side(_in_worker, calls, workers)
 
 
 def _size(task: Task) -> tuple[int, int]:

@@ -19,7 +19,7 @@ ROOT = Path(ctrl.__file__).parent
 FLOORS = {
     "check": 0, "elementary": 0, "evidence": 0, "files": 0, "laws": 0, "schedule": 0, "noise": 0, "reward": 1, "policy": 1, "problem": 2,
     "zoo": 3, "storage": 3,
-    "exact": 3, "rollout": 3, "kernels": 3, "estimators": 4, "learn": 5, "testing": 5, "torch": 5, "theorems": 6, "report": 7,
+    "exact": 3, "rollout": 3, "kernels": 3, "parallel": 4, "estimators": 4, "learn": 5, "testing": 5, "torch": 5, "theorems": 6, "report": 7,
     "verify": 8, "audit": 8, "bench": 8, "cli": 9, "__main__": 10}
 # Kernels hold the compiled word generator of noise.py: flat loops that import nothing of the library but one another.
 SHARED = {("noise", "kernels")}

@@ -7,17 +7,31 @@ the compilation time, and some of its threading layers must not be entered from 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from numba import config
 
 from ctrl.kernels.normals import LANES
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, and only in the calling thread, the default is one thread."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
 
 def default_threads() -> int:
-    """Cores that this process may use, or NUMBA_NUM_THREADS if that is less."""
-    return max(1, min(config.NUMBA_NUM_THREADS, len(os.sched_getaffinity(0))))
+    """Cores that this process may use, or NUMBA_NUM_THREADS if that is less; one inside `one_thread`."""
+    return 1 if _alone.get() else max(1, min(config.NUMBA_NUM_THREADS, len(os.sched_getaffinity(0))))
 
 
 def over_paths(run: Callable[[int, int], None], paths: int, threads: int | None = None) -> None:

@@ -1,0 +1,49 @@
+"""Calls side by side, as their results come: on spawned processes, on threads or on a dask cluster, one thread each."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ctrl.kernels.threads import one_thread
+
+
+def side_by_side(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], workers: int,
+                 backend: str = "loky") -> Generator[Any, None, None]:
+    """function(*a) for every a, in the order in which they finish.
+
+    backend : of joblib. "loky": processes, spawned and never forked; "threading"; "dask": the cluster of the client at hand, all of it
+    workers : processes or threads; with one, calls run one after the other in the caller's thread, when their results are asked for
+    Away from the caller's thread, kernels run on one thread. BLAS does everywhere, so that sums round alike.
+    Checked: tests/test_sweep.py::test_rows_do_not_depend_on_where_they_are_computed
+    """
+    from joblib import Parallel, delayed, parallel_config
+    from threadpoolctl import threadpool_limits
+
+    # Of the three only loky takes the limit, which is set before the libraries of a process are loaded.
+    limit = {"inner_max_num_threads": 1} if backend == "loky" else {}
+    call = delayed(_Guest(function, os.getpid(), threading.get_ident()))
+    with threadpool_limits(1, user_api="blas"), parallel_config(backend=backend, **limit):
+        yield from Parallel(n_jobs=workers, return_as="generator_unordered")(call(*a) for a in arguments)
+
+
+@dataclass(frozen=True)
+class _Guest:
+    """A function that leaves the other cores to its neighbours, unless it runs where its caller waits for it."""
+
+    function: Callable[..., Any]
+    process: int
+    thread: int
+
+    def __call__(self, *arguments: Any) -> Any:
+        if (os.getpid(), threading.get_ident()) == (self.process, self.thread):
+            return self.function(*arguments)
+        if os.getpid() != self.process:
+            from threadpoolctl import threadpool_limits
+
+            threadpool_limits(1)  # for good: the process is there to work beside others
+        with one_thread():
+            return self.function(*arguments)
