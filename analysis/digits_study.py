@@ -1,18 +1,20 @@
 """All ten digits, three seeds: does fine-tuning by the value gradient reach what the yardstick allows?
 
-    python analysis/digits_study.py [--out DIR] [--digits 0 3] [--seeds 0] [--quick]      (about two minutes a run on one core)
+    python -m analysis.digits_study [--out DIR] [--digits 0 3] [--seeds 0] [--workers 4] [--quick]      (about two minutes a run on one core)
 
 For every digit and seed, from networks pre-trained with that seed: judged share, reward, KL and regret of the tuned model at the N that
 it was trained with; the same model at other N and by the ODE; queries until the judged share exceeds .8; pair distance within the class.
 Also training at N = 100 for three digits. Every finished run is one JSON file; a second call goes on where the first one stopped.
+One run after the other with all of torch's threads, or many at a time with one each: on spawned processes or a dask cluster. torch's sums
+round with its number of threads, so rows on a pool are bit for bit (seconds apart) those of one worker with --start.threads 1.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 
@@ -29,10 +31,13 @@ from ctrl.torch.pictures import BLACK, BLUE, GREEN, ORANGE, tile
 from ctrl.torch.pretrain import sampling_grid
 from ctrl.torch.task import PICTURES, ClassReward, evaluate, pair_distance, prepare
 
+from analysis.sweep import Pool, sweep
+
 TRANSFER = (20, 50, 100)
 FINE = (0, 3, 8)  # digits that are also trained at N = 100
 BARS = {"judged_share": 0.90, "kl_mean": 3.7, "regret": 0.8}
 FINE_REGRET = 0.4
+Run = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -49,27 +54,35 @@ class Study:
     """Sampler steps of the fine runs (digits 0, 3 and 8, first seed); 0 for none."""
     start: Finetune = field(default_factory=Finetune)
     """Settings of every run."""
+    pool: Annotated[Pool, tyro.conf.arg(name="")] = field(default_factory=Pool)
+    """Where the runs are computed."""
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """Tiny runs that only show that everything works."""
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(digit, seed, steps), the first seed first."""
+    def __post_init__(self) -> None:
+        if self.pool.backend == "threading" and self.pool.workers > 1:
+            raise ValueError("backend: expected loky or dask (torch has one random generator for all threads of a process), got threading")
+
+    def runs(self) -> dict[str, Run]:
+        """(digit, seed, steps) by the name of its files, the first seed first."""
         plain = [(digit, seed, self.start.steps) for seed in self.seeds for digit in self.digits]
         fine = [(digit, self.seeds[0], self.fine_steps) for digit in self.digits if digit in FINE and self.fine_steps]
-        return plain[: len(self.digits)] + fine + plain[len(self.digits) :]
+        return {_name(*run): run for run in plain[: len(self.digits)] + fine + plain[len(self.digits) :]}
 
     def settings(self, digit: int, seed: int, steps: int) -> Finetune:
-        folder = self.out / "runs" / f"digit{digit}-seed{seed}-N{steps}"
+        folder = self.out / "runs" / _name(digit, seed, steps)
         chosen = replace(self.start, reward=ClassReward(digit), seed=seed, steps=steps, out=folder, resume=True)
         return chosen.made_quick() if self.quick else chosen
 
 
-def compute(study: Study, digit: int, seed: int, steps: int) -> dict[str, Any]:
-    """One run's row, from its file where it is finished."""
-    settings = study.settings(digit, seed, steps)
-    done = study.out / "runs" / f"{settings.out.name}.json"
-    if done.exists():
-        return json.loads(done.read_text())
+def _name(digit: int, seed: int, steps: int) -> str:
+    return f"digit{digit}-seed{seed}-N{steps}"
+
+
+def compute(study: Study, run: Run) -> dict[str, Any]:
+    """One run's row."""
+    digit, seed, _ = run
+    settings = study.settings(*run)
     summary = finetune(settings)
     assert summary is not None
     task, policy = prepare(settings), load_policy(settings.out / "model")
@@ -83,7 +96,6 @@ def compute(study: Study, digit: int, seed: int, steps: int) -> dict[str, Any]:
         ode = evaluate(task, policy, task.base, settings, steps=n, eta=0.0)
         row |= {f"share_{n}": other["judged_share"], f"kl_{n}": other["kl_mean"], f"regret_{n}": other["regret"]}
         row[f"ode_share_{n}"] = ode["judged_share"]
-    write_json(done, row)
     return row
 
 
@@ -156,11 +168,10 @@ def main(study: Study) -> pd.DataFrame:
     """Compute what is missing, then write rows.csv, the table and the figures."""
     writable(study.out / "runs")
     rows = []
-    for digit, seed, steps in study.runs():
-        rows.append(compute(study, digit, seed, steps))
-        row = rows[-1]
-        print(f"digit {digit} seed {seed} N {row['steps']}: share {row['judged_share']:.3f}, KL {row['kl_mean']:.2f}, regret {row['regret']:.3f}, "
-              f"> .8 after {row['queries_to_0.8']} queries, {row['seconds']:.0f} s", flush=True)
+    for row in sweep(partial(compute, study), study.runs(), study.pool, study.out / "runs"):
+        rows.append(row)
+        print(f"digit {row['digit']} seed {row['seed']} N {row['steps']}: share {row['judged_share']:.3f}, KL {row['kl_mean']:.2f}, "
+              f"regret {row['regret']:.3f}, > .8 after {row['queries_to_0.8']} queries, {row['seconds']:.0f} s", flush=True)
         frame = pd.DataFrame(rows).sort_values(["steps", "digit", "seed"])
         frame.to_csv(study.out / "rows.csv", index=False, float_format="%.6g")
     write_json(study.out / "env.json", {**environment("torch"), "threads": torch.get_num_threads(), "settings": study.start.identity()})

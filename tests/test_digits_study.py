@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("digits_study", ROOT / "analysis" / "digits_study.py")
-study = sys.modules["digits_study"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
+import torch
+from analysis import digits_study as study
+from analysis.sweep import Pool
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    out = tmp_path_factory.mktemp("study")
-    plan = study.Study(out=out, digits=(3,), seeds=(0,), quick=True, start=replace(study.Finetune(), cache=out / "cache", steps=4), fine_steps=8)
-    return plan, study.main(plan)
+    threads = torch.get_num_threads()
+    plan = planned(tmp_path_factory.mktemp("study"))
+    yield plan, study.main(plan)
+    torch.set_num_threads(threads)
+
+
+def planned(out, pool=None):
+    """Two runs, with one thread as on a pool."""
+    start = replace(study.Finetune(), cache=out / "cache", steps=4, threads=1)
+    return study.Study(out=out, digits=(3,), seeds=(0,), quick=True, start=start, fine_steps=8, pool=pool or Pool())
 
 
 def test_a_tiny_study_runs_and_goes_on(tiny, monkeypatch):
@@ -30,6 +32,15 @@ def test_a_tiny_study_runs_and_goes_on(tiny, monkeypatch):
     monkeypatch.setattr(study, "finetune", lambda settings: pytest.fail("a finished run was done again"))
     assert study.main(plan).equals(rows)
     assert {path: path.read_bytes() for path in finished} == finished
+
+
+def test_a_pool_gives_the_same_rows(tiny, tmp_path):
+    """Pre-training and all, on spawned processes; threads share torch's generator and are refused."""
+    _, rows = tiny
+    pooled = study.main(planned(tmp_path, Pool(workers=2)))
+    assert pooled.drop(columns="seconds").equals(rows.drop(columns="seconds"))
+    with pytest.raises(ValueError, match="backend: expected loky or dask"):
+        planned(tmp_path, Pool(2, "threading"))
 
 
 def test_rows_are_the_runs_summaries(tiny):

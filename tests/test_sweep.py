@@ -8,11 +8,9 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import ctrl
 import numba
-import numpy as np
 import pytest
 from analysis import estimator_variance as study
 from analysis.sweep import Pool, sweep
