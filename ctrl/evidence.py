@@ -103,9 +103,12 @@ def fitted_power(x: Array, y: Array) -> Order:
 
     x, y : (m,), m >= 3, positive.   Source: theory.md, section 0.   Checked: tests/test_scaling.py::test_planted_exponents_are_found
     """
-    u, v = (np.log(check.array(name, a, (None,), "(m,)")) for name, a in (("x", x), ("y", y)))
-    if not 3 <= len(u) == len(v):
-        raise ValueError(f"x, y: expected at least 3 pairs, got {len(u)} and {len(v)}")
+    x, y = check.array("x", x, (None,), "(m,)"), check.array("y", y, (None,), "(m,)")
+    if not 3 <= len(x) == len(y):
+        raise ValueError(f"x, y: expected at least 3 pairs, got {len(x)} and {len(y)}")
+    if min(x.min(), y.min()) <= 0:
+        raise ValueError(f"x, y: expected positive numbers, got {min(x.min(), y.min()):g}")
+    u, v = np.log(x), np.log(y)
     centred = u - u.mean()
     slope = float(centred @ v / (centred @ centred))
     residual = v - v.mean() - slope * centred
