@@ -102,7 +102,7 @@ class Row:
     """What the bench finds about an estimator; relative numbers as the module says.
 
     exact_bias : None where no rule of nodes fits, with exact_error, how much a rule of one node fewer differs
-    means, errors : (p,) gap and standard error of the mean, relative      network, products, queries : of one path on the finest grid
+    gap, error : of the mean's worst coordinate and its standard error, relative      network, products, queries : of one path on the finest grid
     Source: theory.md, section 7.   Checked: tests/test_bench.py::test_numbers_are_those_of_the_estimator
     """
 
@@ -417,8 +417,8 @@ def _line(row: Row) -> str:
 def _table(rows: Sequence[Row], settings: Settings) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["name", "claim", "own", "exact_bias", "exact_error", "z", "threshold", "gap", "standard_error", "exponent", "signal", "seconds_per_path",
-                     "error_per_second", "network", "products", "queries", "biased", "holds", *(f"variance_{n}" for n in settings.steps),
+    writer.writerow(["name", "claim", "own", "exact_bias", "exact_error", "z", "threshold", "gap", "standard_error", "exponent", "signal",
+                     "seconds_per_path", "error_per_second", "network", "products", "queries", "biased", "holds", *(f"variance_{n}" for n in settings.steps),
                      *(f"signal_batch_{n}" for n in settings.batch)])
     for r in rows:
         writer.writerow([r.name, str(r.claim), r.own, r.exact_bias, r.exact_error, r.z, r.threshold, r.gap, r.error, r.exponent, r.signal, r.seconds,
@@ -434,14 +434,16 @@ def _figure(rows: Sequence[Row], settings: Settings, name: str) -> bytes:
             bias.errorbar(row.gap, k, xerr=3 * row.error, fmt="o", color=colour, linewidth=width)
             for ax, x, y in ((variance, settings.steps, row.variance), (signal, settings.batch, row.ratios)):
                 ax.loglog(x, y, color=colour, linewidth=width, alpha=0.8)
-                ax.annotate(str(k + 1), (x[-1], y[-1]), xytext=(3 + 11 * (k % 3), 0), textcoords="offset points", fontsize=6, color=colour, va="center")
+                ax.annotate(str(k + 1), (x[-1], y[-1]), xytext=(3 + 11 * (k % 3), 0), textcoords="offset points", fontsize=6,
+                            color=colour, va="center")
         bias.set_yticks(range(len(rows)), [f"{row.name} {k + 1}" for k, row in enumerate(rows)], fontsize=7)
         bias.invert_yaxis()
         bias.set_xscale("symlog", linthresh=0.01)
         bias.set(xlabel="(mean - target)/|target|, worst coordinate, 3 standard errors", title=f"Bias at N = {settings.steps[-1]}")
         low, high = min(row.exponent for row in rows), max(row.exponent for row in rows)
         variance.set(xlabel="steps N", ylabel="tr Cov / |target|$^2$ of one path", title=f"Variance: exponents {low:+.2f} to {high:+.2f}")
-        signal.set(xlabel="paths in a batch", ylabel="|mean| / deviation of the batch's estimate", title=f"Signal-to-noise at N = {settings.steps[0]}")
+        signal.set(xlabel="paths in a batch", ylabel="|mean| / deviation of the batch's estimate",
+                   title=f"Signal-to-noise at N = {settings.steps[0]}")
         style.log_ticks(variance, settings.steps, [str(n) for n in settings.steps])
         style.log_ticks(signal, settings.batch, [str(n) for n in settings.batch])
         for claim, colour in COLOURS.items():

@@ -1,4 +1,4 @@
-"""The command line: `ctrl verify`, `zoo`, `audit`, `bench`, `finetune`, `compare` (exit 0: all holds, 1: a verdict or a run fails, 2: bad usage)."""
+"""The command line: `ctrl verify`, `bench`, `audit`, `zoo`, `finetune`, `compare` (exit 0: all holds, 1: a verdict or a run fails, 2: bad usage)."""
 
 from __future__ import annotations
 
