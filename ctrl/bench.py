@@ -418,7 +418,8 @@ def _table(rows: Sequence[Row], settings: Settings) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["name", "claim", "own", "exact_bias", "exact_error", "z", "threshold", "gap", "standard_error", "exponent", "signal",
-                     "seconds_per_path", "error_per_second", "network", "products", "queries", "biased", "holds", *(f"variance_{n}" for n in settings.steps),
+                     "seconds_per_path", "error_per_second", "network", "products", "queries", "biased", "holds",
+                     *(f"variance_{n}" for n in settings.steps),
                      *(f"signal_batch_{n}" for n in settings.batch)])
     for r in rows:
         writer.writerow([r.name, str(r.claim), r.own, r.exact_bias, r.exact_error, r.z, r.threshold, r.gap, r.error, r.exponent, r.signal, r.seconds,

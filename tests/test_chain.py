@@ -453,7 +453,7 @@ def test_what_the_chain_refuses():
     bump = replace(problem, reward=ctrl.BumpReward([0.0, 0.0], 1.0))
     eight = replace(ctrl.zoo.gaussian_8d(), reward=ctrl.BumpReward(np.zeros(8), 1.0))  # in fewer dimensions there is quadrature
     for call in (lambda: chain.evaluate(bump, policy, grid), lambda: ctrl.exact.evaluate(eight, eight.pretrained(grid), grid),
-                 lambda: ctrl.exact.optimum(bump, grid)):
+                 lambda: ctrl.exact.optimum(eight, grid)):
         with pytest.raises(ValueError, match="^problem: expected Gaussian data"):
             call()
     one = ctrl.zoo.gaussian_8d()
