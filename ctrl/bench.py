@@ -186,8 +186,8 @@ def _own(reference: str) -> Entry:
     name, found = user_object("estimator", reference)
     if not callable(found) or isinstance(found, type):
         raise ValueError(f"estimator: expected {name} to be a function (problem, policy, grid, noise) -> Gradient, got {type(found).__name__}")
-    claim, needs = getattr(found, "claim", Claim(Bias.UNSTATED)), getattr(found, "needs", frozenset())
-    return Entry(name, claim, frozenset(needs), lambda given: found)
+    needs: frozenset[Need] = frozenset(getattr(found, "needs", ()))
+    return Entry(name, getattr(found, "claim", Claim(Bias.UNSTATED)), needs, lambda given: found)
 
 
 # ---------------------------------------------------------------------------------------------- chains

@@ -62,7 +62,7 @@ REFUSED = [
     (["verify", "--seed", "x"], "--seed: invalid literal for int() with base 10: 'x'"),
     (["verify", "--only"], "only: expected at least one theorem, got none"),
     (["zoo", "here"], "Unrecognized options: here"),
-    (["finetun"], "Unrecognized options: finetun; Available subcommands: verify, zoo, audit, finetune, compare"),
+    (["finetun"], "Unrecognized options: finetun; Available subcommands: verify, bench, zoo, audit, finetune, compare"),
     ([], "Expected one of {verify, zoo, audit, finetune, compare}.")]
 
 
