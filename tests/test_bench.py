@@ -77,7 +77,7 @@ def test_numbers_are_those_of_the_estimator(tmp_path):
         samples = RewardToGo()(setup.problem, setup.policy, setup.grid, Noise(0, settings.paths)).samples
         assert np.isclose(variance, samples.var(axis=0, ddof=1).sum() / np.sum(setup.gradient**2), rtol=1e-9)
     slope = np.polyfit(np.log(settings.steps), np.log(one.variance), 1)[0]
-    assert one.exponent == slope and 0.5 < slope < 1.3
+    assert one.exponent == slope > to_go.exponent + 0.3
     assert to_go.signal == to_go.variance[-1] ** -0.5 and np.isclose(to_go.error_per_second, np.sqrt(to_go.variance[-1] * to_go.seconds))
     # Policy and pre-trained score at every step; a product per step for theta, and one per step but the last for the adjoint.
     assert [(r.network, r.products, r.queries) for r in rows] == [(16, 15, 2), (16, 8, 1), (16, 1, 1)]
