@@ -63,7 +63,7 @@ REFUSED = [
     (["verify", "--only"], "only: expected at least one theorem, got none"),
     (["zoo", "here"], "Unrecognized options: here"),
     (["finetun"], "Unrecognized options: finetun; Available subcommands: verify, bench, zoo, audit, finetune, compare"),
-    ([], "Expected one of {verify, zoo, audit, finetune, compare}.")]
+    ([], "Expected one of {verify, bench, zoo, audit, finetune, compare}.")]
 
 
 @pytest.mark.parametrize(("encoding", "terminal", "every"), [("utf-8", True, 1), ("utf-8", False, 6), ("ascii", True, 6), ("ascii", False, 6)])
