@@ -101,7 +101,7 @@ def fitted_order(dt: Array, error: Array) -> Order:
 def fitted_power(x: Array, y: Array) -> Order:
     r"""The slope p of  log y = a + p log x,  by least squares, with the standard error that the scatter about the line implies.
 
-    x, y : (m,), m >= 3, positive.   Source: theory.md, section 0.   Checked: tests/test_scaling.py::test_planted_exponents_are_found
+    x, y : (m,), m >= 3, positive.   Source: theory.md, section 0.   Checked: tests/test_testing.py::test_planted_exponents_are_found
     """
     x, y = check.array("x", x, (None,), "(m,)"), check.array("y", y, (None,), "(m,)")
     if not 3 <= len(x) == len(y):

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 import ctrl
 from ctrl import testing
 from ctrl.estimators import FiniteDifference, Pathwise, RewardToGo, ScoreFunction, ValueGradient
-from ctrl.evidence import estimate_test, fitted_order, mean_test
+from ctrl.evidence import estimate_test, fitted_order, fitted_power, mean_test
 from ctrl.testing import assert_mean, assert_unbiased
 
 # ------------------------------------------------------------------------------------------- stated error rates
@@ -324,3 +324,23 @@ def test_strategies_cover_what_they_promise():
     look()
     assert {ctrl.VP, ctrl.SubVP, ctrl.VE, ctrl.OU, ctrl.BasisPolicy, ctrl.AffinePolicy, ctrl.MixturePolicy, ctrl.BumpReward,
             ctrl.GaussianMixture, ctrl.Gaussian, "prior", "exact", "uniform", "uneven", "whole", "part"} <= seen
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0, -1.0])
+def test_planted_exponents_are_found(exponent):
+    """Exactly without noise; with 5 % of noise within four of the standard errors that the fit states, which are the scatter's."""
+    x = 2.0 ** np.arange(12)
+    exact = fitted_power(x, 3 * x**exponent)
+    assert exact.slope == pytest.approx(exponent, abs=1e-12) and exact.standard_error < 1e-12
+    rng = np.random.default_rng(0)
+    found = [fitted_power(x, 3 * x**exponent * np.exp(0.05 * rng.normal(size=x.size))) for _ in range(400)]
+    slopes, errors = np.array([f.slope for f in found]), np.array([f.standard_error for f in found])
+    assert abs(slopes.mean() - exponent) < 4 * slopes.std() / np.sqrt(slopes.size)
+    assert errors.mean() == pytest.approx(slopes.std(), rel=0.15)
+    assert abs(slopes.mean() - exponent - 0.1) > 4 * slopes.std() / np.sqrt(slopes.size)  # planted: a tenth off
+
+
+@pytest.mark.parametrize(("x", "y"), [([1.0, 2.0], [1.0, 2.0]), ([1.0, 2.0, 3.0], [1.0, 2.0]), ([1.0, 2.0, 3.0], [1.0, 0.0, 2.0])])
+def test_a_power_needs_positive_pairs(x, y):
+    with pytest.raises(ValueError, match="x, y: expected"):
+        fitted_power(np.array(x), np.array(y))
