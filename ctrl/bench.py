@@ -72,13 +72,14 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """A chain, what estimators may ask for on it, and its exact gradient (p,)."""
+    """A chain, what estimators may ask for on it, its exact gradient (p,), and whether it is affine-Gaussian, where few nodes are enough."""
 
     problem: Problem
     policy: Policy
     grid: TimeGrid
     given: Given
     gradient: Array
+    linear: bool
 
     def target(self, claim: Claim) -> Array:
         """What an estimator of this claim estimates, (p,)."""
@@ -101,7 +102,7 @@ class Setup:
 class Row:
     """What the bench finds about an estimator; relative numbers as the module says.
 
-    exact_bias : None where no rule of nodes fits, with exact_error, how much a rule of one node fewer differs
+    exact_bias : None where no rule of few nodes fits (mixtures, many dimensions), with exact_error, how much a rule of one node fewer differs
     gap, error : of the mean's worst coordinate and its standard error, relative      network, products, queries : of one path on the finest grid
     Source: theory.md, section 7.   Checked: tests/test_bench.py::test_numbers_are_those_of_the_estimator
     """
@@ -234,7 +235,7 @@ class _Plan:
             problem, policy, grid = setup.problem, setup.policy, setup.grid
             variables = problem.dim * (1 + grid.steps * ((problem.eta > 0) + (policy.exploration is not None)))
             nodes = min(NODES, int(NODE_PATHS ** (1 / variables)))
-            if nodes < 3:
+            if nodes < 3 or not setup.linear:
                 return None, None
             most, fewer = (setup.run(entry, Noise.gauss_hermite(problem, policy, grid, nodes=n)).mean for n in (nodes, nodes - 1))
             target = setup.target(entry.claim)
@@ -272,7 +273,8 @@ def _setup(problem: Problem, grid: TimeGrid, sampled: bool) -> Setup:
 
     p = policy.theta.size
     F = None if problem.eta == 0 else fisher(problem, policy, grid, Noise(2**20, 2000)) + 0.1 * np.eye(p)
-    return Setup(problem, policy, grid, Given(value, advantage, policy.theta + np.resize([0.05, -0.1], p), F), truth.gradient.theta)
+    given = Given(value, advantage, policy.theta + np.resize([0.05, -0.1], p), F)
+    return Setup(problem, policy, grid, given, truth.gradient.theta, truth.method == "chain")
 
 
 # ---------------------------------------------------------------------------------------------- costs
