@@ -80,7 +80,7 @@ class Zoo:
     def run(self) -> int:
         from ctrl import zoo
 
-        for make in (*zoo.PROBLEMS, *zoo.HARD):
+        for make in zoo.LISTED:
             summary = " ".join((make.__doc__ or "").split("\n")[0].split())
             print(f"{make.__name__}\n    {summary}\n    {_known(make())}")
         return 0

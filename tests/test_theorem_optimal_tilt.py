@@ -12,7 +12,7 @@ from ctrl import exact, zoo
 from ctrl.exact import line_optimum, tilt
 from ctrl.exact.divergence import DivergenceTilt
 from ctrl.exact.linear_doob import Exponent, LinearDoob
-from ctrl.theorems.optimal_tilt import FEW, OptimalTilt, Optima, doob_terminal, line_moments
+from ctrl.theorems.optimal_tilt import FEW, OptimalTilt, Optima, doob_terminal, node_moments
 from ctrl.theorems.verdict import Case
 
 THEOREM = OptimalTilt()
@@ -39,9 +39,22 @@ def test_every_verdict_holds(make):
     assert all(row.reason for row in rows if row.check == "skipped")
 
 
-def test_an_open_problem_is_checked_where_it_can_be():
+def test_the_tilt_of_a_chain_in_the_plane():
     rows = list(THEOREM.checks(case_of(zoo.digits_plane)))
     assert failed(rows) == [] and {row.check for row in rows} == {"exact", "monte_carlo", "limit", "planted", "skipped"}
+    assert sum("paths of the pre-trained chain" in row.reason for row in rows) == 1
+
+
+def test_both_optima_of_a_chain_in_the_plane():
+    """A full run's part: J*, its path KL, and optimal paths; the Doob value in its place is seen."""
+    rows = list(THEOREM._in_the_plane(replace(case_of(zoo.digits_plane), quick=False).brief))
+    assert failed(rows) == []
+    assert [row.check for row in rows] == ["monte_carlo", "planted", "exact", "exact", "planted", "exact", "planted", "monte_carlo", "planted"]
+
+
+def test_an_open_problem_is_checked_where_it_can_be(mixture_in_space):
+    rows = list(THEOREM.checks(Case("mixture in space", mixture_in_space, quick=True, seed=0)))
+    assert failed(rows) == [] and {row.check for row in rows} == {"exact", "limit", "planted", "skipped"}
 
 
 def test_reference_numbers():
@@ -92,7 +105,7 @@ def test_dense_kernels_keep_mass_and_know_the_start():
     points, masses = doob_terminal(at.doob)
     np.testing.assert_allclose(masses.sum(axis=1), 1, atol=1e-12)
     free = tilt.reversal_optimum(at.case.problem)
-    assert line_moments(points, masses[0])[0] == pytest.approx(free.masses @ free.points, abs=0.1)  # FEW steps, not the limit
+    assert node_moments(points, masses[0])[0] == pytest.approx(free.masses @ free.points, abs=0.1)  # FEW steps, not the limit
     assert not isinstance(at.doob, LinearDoob) and at.few is at
 
 

@@ -308,7 +308,7 @@ def _affordable(chain: PlaneChain, lattice: Lattice, before: list[Lattice]) -> N
     visits = before[-1].size * lattice.window(REACH) if before else 0
     if lattice.size > MOST or sum(b.size for b in before) + lattice.size > MOST_TOGETHER or visits > MOST_VISITS:
         smallest = np.sqrt(np.min(np.sum(chain.frames**2, axis=1)))
-        raise ValueError(f"grid: expected steps that {MOST} nodes resolve ({MOST_TOGETHER} for all steps together), got "
+        raise ValueError(f"grid: expected steps that {MOST} nodes resolve ({MOST_TOGETHER} for all steps, {MOST_VISITS:g} visits a step), got "
                          f"{chain.grid.steps} steps with noise down to {smallest:.3g}, which need a lattice of "
                          f"{lattice.shape[0]} x {lattice.shape[1]} (use fewer or longer steps, or a smoother policy)")
 

@@ -79,7 +79,7 @@ class Optima:
     @cached_property
     def doob(self) -> LinearDoob | Doob:
         found = exact.doob(self.case.problem, self.case.grid)
-        assert not isinstance(found, exact.plane.Doob)  # `solved` keeps the plane out
+        assert not isinstance(found, exact.plane.Doob)  # asked for in `_in_the_plane` alone
         return found
 
     @cached_property
@@ -94,12 +94,15 @@ class Optima:
         """The chain's tilt at a weight, from the law of the pre-trained X_N alone."""
         end, reward = self.pretrained.terminal, self.case.problem.reward
         if self.case.linear:
-            found = tilt(Gaussian(end.mean, end.cov), reward, kl_weight)
-            assert found.law is not None
-            return ChainTilt(moments(found.law.mean, found.law.cov), found.objective, found.reward)
+            linear = tilt(Gaussian(end.mean, end.cov), reward, kl_weight)
+            assert linear.law is not None
+            return ChainTilt(moments(linear.law.mean, linear.law.cov), linear.objective, linear.reward)
         assert end.points is not None and end.density is not None
-        on_line = divergence_tilt(reward.value(end.points[:, None]), kl_weight, KL(), end.density / end.density.sum())
-        return ChainTilt(line_moments(end.points, on_line.masses * on_line.ratio), on_line.objective, on_line.reward)
+        x, density = end.points.reshape(-1, self.case.problem.dim), end.density.ravel()
+        rewards, masses = reward.value(x), density / density.sum()
+        level = logsumexp(rewards / kl_weight, b=masses)
+        tilted = masses * np.exp(rewards / kl_weight - level)
+        return ChainTilt(node_moments(x, tilted), float(kl_weight * level), float(tilted @ rewards))
 
     @property
     def level(self) -> float:
@@ -121,7 +124,7 @@ class Optima:
             laws = [self.doob.terminal(start) for start in (self.doob.tilted_start, self.doob.start)]
             return moments(laws[0].mean, laws[0].cov), moments(laws[1].mean, laws[1].cov)
         points, masses = doob_terminal(self.doob)
-        return line_moments(points, masses[0]), line_moments(points, masses[1])
+        return node_moments(points, masses[0]), node_moments(points, masses[1])
 
 
 def moments(mean: Array, cov: Array) -> Array:
@@ -129,8 +132,10 @@ def moments(mean: Array, cov: Array) -> Array:
     return np.concatenate([mean, (cov + np.outer(mean, mean)).ravel()])
 
 
-def line_moments(points: Array, masses: Array) -> Array:
-    return np.array([masses @ points, masses @ points**2])
+def node_moments(points: Array, masses: Array) -> Array:
+    """The same of masses (n,) at points (n,) or (n, d)."""
+    x = points.reshape(len(masses), -1)
+    return np.concatenate([masses @ x, ((masses[:, None] * x).T @ x).ravel()])
 
 
 def log_kernels(doob: Doob, i: int, x: Array) -> tuple[Array, float]:
@@ -337,6 +342,10 @@ class OptimalTilt(Theorem):
         if case.quick and not case.linear:
             case = replace(case, steps=min(case.steps, FEW))
         yield from self._divergences(case, r)
+        if case.planar and (brief := case.brief).solvable:
+            yield from self._samples_of_the_data(case)
+            yield from self._in_the_plane(brief)
+            return
         if not solved(case):
             yield from self._samples_of_the_data(case)
             yield self.skipped(case, "the chain's two optima: no exact truth for mixtures in more than one dimension")
@@ -361,6 +370,30 @@ class OptimalTilt(Theorem):
             yield from self._short_on_the_line(case.at(1.0))
             if case.quick:
                 yield self.skipped(case, "limits of both optima on the line: in a full run")
+
+    def _in_the_plane(self, case: Case) -> Iterator[Verdict]:
+        """A brief chain: its tilt against paths of the pre-trained chain; in a full run both optima, by lattices and along optimal paths."""
+        lam, problem, at = case.problem.kl_weight, case.problem, Optima(case)
+        r = simulate(problem, problem.pretrained(case.grid), case.grid, case.noise("tilt", min(case.paths, 100_000))).reward
+        yield from self._weights(case, r, at.tilt.objective, at.tilt.reward, "paths of the pre-trained chain")
+        if case.quick:
+            yield self.skipped(case, "the chain's two optima in the plane: seconds each, in a full run")
+            return
+        best, kernels = exact.optimum(problem, case.grid), exact.plane.doob(problem, case.grid)
+        try:
+            yield self.exact(case, best.truth.objective, best.objective, 1e-5, "J of the optimal policy = E V*_0")
+        except ValueError as error:
+            yield self.skipped(case, f"J of the optimal policy: its jumps are too much for lattices ({str(error)[:60]} ...)")
+        spent = (expected_reward(best) - best.objective) / lam
+        yield self.exact(case, best.penalty, spent, 1e-4, "path KL* = (E*[r] - E V*_0)/λ")
+        yield self._exchanged(case, lam**2 * spent, best.penalty, 1e-4, "in path KL*")
+        yield self.exact(case, float(best.objective < kernels.objective), 1.0, 0.0, "J* of means < λ E log φ_0: fewer controls, less value")
+        yield self.planted(case, kernels.objective, best.objective, 1e-5, "the Doob value as the chain's J*")
+        gap, noise = kernels.objective - best.objective, case.noise("optimum", case.paths // 10)
+        earned = np.concatenate([run.reward - lam * run.paths.log_weight for run in runs(problem, best.policy, case.grid, noise)])
+        test = mean_test(earned, best.objective)
+        yield self.monte_carlo(case, test, gap, "E[r - λ log dP*/dP_pre] = J* along optimal paths; must see the Doob value for J*")
+        yield self.planted_sampled(case, mean_test(earned, kernels.objective), "the Doob value as the chain's J*, along paths", test)
 
     def _exchanged(self, case: Case, measured: ArrayLike, expected: ArrayLike, allowed: float, where: str) -> Verdict:
         what = f"{at_eta(case)}λ and 1/λ exchanged {where}"
@@ -519,7 +552,7 @@ class OptimalTilt(Theorem):
     def _short_on_the_line(self, case: Case) -> Iterator[Verdict]:
         for problem, what in ((case.problem, "this noising"), (replace(case.problem, schedule=SHORT, start="exact"), "a short noising")):
             found = reversal_optimum(problem)
-            row = self.planted(case, line_moments(found.points, found.tilt), line_moments(found.points, found.masses), 1e-8,
+            row = self.planted(case, node_moments(found.points, found.tilt), node_moments(found.points, found.masses), 1e-8,
                                f"the tilt claimed for {what}, {found.bias:.3g} nats away")
             yield row
 
