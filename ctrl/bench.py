@@ -176,7 +176,7 @@ def _problem(reference: str) -> tuple[str, Problem]:
     """Of the zoo by its name, or the user's own, FILE.py:NAME."""
     if ":" in reference:
         return user_problem(reference)
-    named = {make.__name__: make for make in (*zoo.PROBLEMS, zoo.double_well_2d)}
+    named = {make.__name__: make for make in zoo.LISTED}
     if reference not in named:
         raise ValueError(f"problem: expected FILE.py:NAME or one of {', '.join(named)}, got {reference!r}")
     return reference, named[reference]()
