@@ -138,13 +138,7 @@ class Affine:
     def compiled(self, library: ctypes.CDLL, generator: str, bits: int) -> Call:
         function = getattr(library, f"{generator}_{'dense' if self.dense else 'affine'}_{self.dim}_{bits}")
         arrays = [np.ascontiguousarray(a, kind(bits)) for a in self.chain]
-
-        def call(seed: int) -> Array:
-            x = np.ascontiguousarray(ctrl.Noise(seed, self.paths).start(self.dim), kind(bits))
-            function(ctypes.c_int64(self.paths), ctypes.c_int(self.steps), ctypes.c_uint64(seed), *map(pointer, [*arrays, x]))
-            return x
-
-        return call
+        return compiled_chain(function, arrays, self, bits)
 
     def peers(self) -> Iterator[Version]:
         if self.dense:
@@ -209,13 +203,7 @@ class Mixture:
     def compiled(self, library: ctypes.CDLL, generator: str, bits: int) -> Call:
         function, c = getattr(library, f"{generator}_mixture_{bits}"), self.problem.coefficients(self.problem.grid(self.steps))
         arrays = [np.ascontiguousarray(a, kind(bits)) for a in (1 - c.dt * c.f, c.dt * c.h, c.noise, self.components)]
-
-        def call(seed: int) -> Array:
-            x = np.ascontiguousarray(ctrl.Noise(seed, self.paths).start(2), kind(bits))
-            function(ctypes.c_int64(self.paths), ctypes.c_int(self.steps), ctypes.c_uint64(seed), *map(pointer, [*arrays, x]))
-            return x
-
-        return call
+        return compiled_chain(function, arrays, self, bits)
 
     def peers(self) -> Iterator[Version]:
         c, q, batch = self.problem.coefficients(self.problem.grid(self.steps)), self.components, self.paths // 8
@@ -306,6 +294,17 @@ def simulated(name: str, work: Affine | Mixture, policy: Any, bits: int) -> Vers
         return ctrl.simulate(problem, policy, grid, ctrl.Noise(seed, work.paths), dtype=kind(bits), threads=1).terminal
 
     return Version(name, bits, work.paths, call)
+
+
+def compiled_chain(function: Any, arrays: list[Array], work: Affine | Mixture, bits: int) -> Call:
+    """A function of engine.cpp on a workload's coefficients: it takes the start and leaves the end."""
+
+    def call(seed: int) -> Array:
+        x = np.ascontiguousarray(ctrl.Noise(seed, work.paths).start(work.dim), kind(bits))
+        function(ctypes.c_int64(work.paths), ctypes.c_int(work.steps), ctypes.c_uint64(seed), *map(pointer, [*arrays, x]))
+        return x
+
+    return call
 
 
 # ---- peers -------------------------------------------------------------------------------------------------------------------

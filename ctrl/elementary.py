@@ -1,10 +1,14 @@
-r"""exp on vector units: polynomials in place of calls into the C library, which keep a loop from becoming vector instructions.
+r"""exp on vector units: polynomials in place of calls into the C library, which keep a loop from becoming vector instructions;
+and compile caches that know what they were built from.
 
 Source: polynomials and splittings as in Cephes (float32) and fdlibm (float64).   Checked: tests/test_laws.py::test_exp
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,24 @@ LN2_HI_64, LN2_LO_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 T3, T4, T5, T6, T7 = 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040
 T8, T9, T10, T11, T12 = 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600
 MANTISSA_64 = np.uint64(52)
+
+
+def built_from(*sources: str | Path) -> Callable[[Any], Any]:
+    """For a compiled, cached function that calls compiled functions of these files: a change in one of them voids its cache.
+
+    Numba looks at the function's own file alone, so that an update of the others would leave the old machine code in use.
+    Source: numba.core.caching.   Checked: tests/test_imports.py::test_caches_know_what_they_were_built_from
+    """
+    digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+
+    def stamp(function: Any) -> Any:
+        index = getattr(getattr(function, "_cache", None), "_cache_file", None)  # none where compilation or caches are off
+        if index is not None:
+            index._source_stamp = (index._source_stamp, digest)
+            function.sources = frozenset(str(source) for source in sources)
+        return function
+
+    return stamp
 
 
 @intrinsic

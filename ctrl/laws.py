@@ -13,9 +13,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike
 
-from ctrl import check
+from ctrl import check, elementary
 from ctrl.check import Array
-from ctrl.elementary import FAST, exp_64
+from ctrl.elementary import FAST, built_from, exp_64
 from ctrl.schedule import Schedule, TimeGrid
 
 LOG_2PI = float(np.log(2 * np.pi))
@@ -294,6 +294,7 @@ def _mean_score(means, precisions, z, gap, pull, total, weight, score):
             score[a, k] /= total[k]
 
 
+@built_from(elementary.__file__)
 @njit(cache=True, error_model="numpy", fastmath=FAST)
 def _mixture_log_density(x, means, precisions, log_normalisers):
     """log sum_j w_j N_j(x), (n,)."""
@@ -306,6 +307,7 @@ def _mixture_log_density(x, means, precisions, log_normalisers):
     return out
 
 
+@built_from(elementary.__file__)
 @njit(cache=True, error_model="numpy", fastmath=FAST)
 def _mixture_scores(x, means, precisions, log_normalisers):
     """sum_j rho_j s_j, (n, d): the same sums as the NumPy form for complex x, without its (n, K, d) arrays."""
@@ -320,6 +322,7 @@ def _mixture_scores(x, means, precisions, log_normalisers):
     return out
 
 
+@built_from(elementary.__file__)
 @njit(cache=True, error_model="numpy", fastmath=FAST)
 def _mixture_slopes(x, means, precisions, log_normalisers):
     """sum_j rho_j ( (s_j - s)(s_j - s)' - C_j^{-1} ), (n, d, d)."""

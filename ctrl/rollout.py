@@ -13,16 +13,15 @@ from numba.extending import is_jitted
 from numpy.typing import DTypeLike
 
 from ctrl import check
-from ctrl import policy as policies
 from ctrl.check import Array
 from ctrl.kernels.chain import Cost, Exploration, Given, Motion, Own, Scores, Words, run
-from ctrl.kernels.gradient import NO_VALUE, Collect, Terms
+from ctrl.kernels.gradient import NO_VALUE, Collect
 from ctrl.kernels.normals import LANES
 from ctrl.kernels.own import first_class
 from ctrl.kernels.threads import over_paths
 from ctrl.laws import Gaussian, GaussianMixture, Law
 from ctrl.noise import Noise, NoiseLike, QuadratureNoise, require_noise
-from ctrl.policy import Parts, Policy
+from ctrl.policy import Parts, Policy, Terms
 from ctrl.problem import Problem
 from ctrl.schedule import TimeGrid
 
@@ -324,7 +323,7 @@ def one_pass(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike,
     return chunks()
 
 
-def _wanted(problem: Problem, grid: TimeGrid, terms: policies.Terms, form: OnePass, dtype: Any) -> Collect:
+def _wanted(problem: Problem, grid: TimeGrid, terms: Terms, form: OnePass, dtype: Any) -> Collect:
     """The kernels' coefficients of the sums S and P."""
     c, d = problem.coefficients(grid), problem.dim
     price = problem.kl_weight * c.discount

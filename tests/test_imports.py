@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from numba.extending import is_jitted
 
 import ctrl
 
@@ -179,3 +182,55 @@ def test_names():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ctrl.nothing
     assert ctrl.VP is ctrl.schedule.VP
+
+
+def compiled_in_ctrl():
+    modules = [import_module(m.name) for m in pkgutil.walk_packages(ctrl.__path__, "ctrl.") if not m.name.startswith(("ctrl.torch", "ctrl.__main__"))]
+    return [f for m in modules for f in vars(m).values() if is_jitted(f) and f.py_func.__module__ == m.__name__]
+
+
+def called(function):
+    """Files of all compiled functions that a compiled function calls, by the names in its code."""
+    files, seen, todo = set(), set(), [function]
+    while todo:
+        f = todo.pop()
+        if f not in seen:
+            seen.add(f)
+            files.add(f.py_func.__code__.co_filename)
+            todo += [g for name in f.py_func.__code__.co_names if is_jitted(g := f.py_func.__globals__.get(name))]
+    return files - {function.py_func.__code__.co_filename}
+
+
+def test_caches_name_all_files_they_were_built_from():
+    cached = [f for f in compiled_in_ctrl() if hasattr(f._cache, "_cache_file")]
+    needs = {f.py_func.__name__: called(f) - getattr(f, "sources", frozenset()) for f in cached}
+    assert len(cached) > 20 and not any(needs.values()), needs
+    run = next(f for f in cached if f.py_func.__name__ == "run")
+    assert len(called(run)) == 4 and called(run) < run.sources      # planted: without its sources it would be missing four
+
+
+TOP = """
+import base
+from ctrl.elementary import built_from
+from numba import njit
+{stamp}
+@njit(cache=True)
+def top(x):
+    return base.low(x)
+if __name__ == "__main__":
+    import json, top as module
+    print(json.dumps([module.top(1.0), sum(module.top.stats.cache_hits.values())]))
+"""
+
+
+@pytest.mark.parametrize(("stamp", "answers"), [("@built_from(base.__file__)", [[2.0, 0], [2.0, 1], [3.0, 0]]), ("", [[2.0, 0], [2.0, 1], [2.0, 1]])])
+def test_caches_know_what_they_were_built_from(tmp_path, stamp, answers):
+    """Run, run again, change the function that is called, run: the planted one, without the stamp, answers from the old machine code."""
+    (tmp_path / "top.py").write_text(TOP.format(stamp=stamp))
+    found = []
+    for factor in (2.0, 2.0, 3.0):
+        (tmp_path / "base.py").write_text(f"from numba import njit\n@njit\ndef low(x):\n    return {factor} * x\n")
+        out = subprocess.run([sys.executable, "top.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=240,
+                             env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"})
+        found.append(json.loads(out.stdout))
+    assert found == answers

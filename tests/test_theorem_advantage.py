@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ctrl import exact, zoo
+from ctrl.theorems import advantage
 from ctrl.theorems.advantage import AdvantageRate
 from ctrl.theorems.value import solved
 from ctrl.theorems.verdict import Case
@@ -42,6 +43,15 @@ def test_truth_in_the_plane(make):
     rows = list(THEOREM.checks(Case(make.__name__, make(), quick=True, seed=0)))
     assert [row.reason for row in rows if row.holds is False] == []
     assert [sum(row.check == check for row in rows) for check in ("exact", "monte_carlo", "planted", "skipped")] == [4, 2, 7, 2]
+
+
+def test_actions_in_the_plane_stay_where_v_is_known(monkeypatch):
+    """eta = 1, as a full run has it: long steps take actions far. Planted: actions at the full distance leave the room, with an error."""
+    at = solved(Case("digits_plane", zoo.digits_plane(), quick=False, seed=0).brief.at(1.0))[-1]
+    assert [row.reason for row in THEOREM._centred(at) if row.holds is False] == []
+    monkeypatch.setattr(advantage, "NUDGE", 10.0)
+    with pytest.raises(ValueError, match="x: expected states near"):
+        list(THEOREM._centred(at))
 
 
 def test_the_last_step_of_an_open_problem(mixture_in_space):

@@ -23,7 +23,7 @@ from ctrl import check
 from ctrl.check import Array
 from ctrl.exact.line import WIDTH, LineChain, components
 from ctrl.exact.panels import GROW, KEEP, KERNEL_PANEL, POINTS, REACH, Piecewise, fit
-from ctrl.exact.truth import Truth, Value
+from ctrl.exact.truth import GlobalOptimum, Truth, Value
 from ctrl.policy import Policy
 from ctrl.problem import Problem
 from ctrl.schedule import TimeGrid
@@ -387,35 +387,14 @@ class OptimalValue(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class LineOptimum:
-    r"""The mean-shift optimum on the line, with the face of the chain's: policy, objective, penalty, path_kl, truth.
+class LineOptimum(GlobalOptimum):
+    r"""The mean-shift optimum on the line (see GlobalOptimum).
 
-        objective = E V*_0(X_0),    penalty = E sum kappa D |a* - s|^2,    expected_reward = E* r(X_N)      (undiscounted, as in Truth)
-
-    policy : theta (1,) multiplies the feedback      value : V*, its gradient, Q*      kinks : (N,) jumps of the optimal action per step
-    truth : J, terminal law and gradient of the policy by an independent solver
+    kinks : (N,) jumps of the optimal action per step
     Source: theory.md, section 9 (i).   Checked: tests/test_line_optimum.py::test_reference_numbers
     """
 
-    problem: Problem
-    grid: TimeGrid
-    policy: LinePolicy
-    value: OptimalValue
-    objective: float
-    expected_reward: float
-    penalty: float
     kinks: Array
-    evaluate: Callable[[Problem, Policy, TimeGrid], Truth]
-
-    @property
-    def path_kl(self) -> float:
-        """KL(P* || P_pre), nats; ValueError at eta = 0."""
-        self.problem.require_path_kl()
-        return self.penalty
-
-    @cached_property
-    def truth(self) -> Truth:
-        return self.evaluate(self.problem, self.policy, self.grid)
 
 
 def solve(chain: LineChain, evaluate: Callable[[Problem, Policy, TimeGrid], Truth]) -> LineOptimum:
@@ -438,4 +417,4 @@ def solve(chain: LineChain, evaluate: Callable[[Problem, Policy, TimeGrid], Trut
     mass = start.weights * chain.start_density(start.nodes)
     objective, reward, penalty = (float(mass @ start.flat(k)) for k in (V, REWARD, PENALTY))
     kinks = np.array([len(e.starts) - 1 for e in envelopes])
-    return LineOptimum(problem, grid, policy, OptimalValue(backward), objective, reward, penalty, kinks, evaluate)
+    return LineOptimum(problem, grid, policy, OptimalValue(backward), objective, reward, penalty, evaluate, kinks)

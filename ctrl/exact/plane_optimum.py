@@ -23,7 +23,7 @@ from ctrl import check
 from ctrl.check import Array
 from ctrl.exact.lattice import REACH, UNIT, Lattice, expect, shrink
 from ctrl.exact.plane_chain import PlaneChain, states
-from ctrl.exact.truth import Truth, Value
+from ctrl.exact.truth import GlobalOptimum, Truth, Value
 from ctrl.policy import Policy
 from ctrl.problem import Problem
 from ctrl.schedule import TimeGrid
@@ -337,36 +337,14 @@ class OptimalValue(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class PlaneOptimum:
-    r"""The mean-shift optimum in the plane, with the face of the chain's: policy, objective, penalty, path_kl, truth.
+class PlaneOptimum(GlobalOptimum):
+    r"""The mean-shift optimum in the plane (see GlobalOptimum).
 
-        objective = E V*_0(X_0),    penalty = E sum kappa D |a* - s|^2,    expected_reward = E* r(X_N)      (undiscounted, as in Truth)
-
-    policy : theta (1,) multiplies the feedback      value : V*, its gradient, Q*
     ties : (N,) nodes at which the best action was chosen among several local maxima: a* jumps there
-    truth : J, terminal law and gradient of the policy by an independent solver
     Source: theory.md, section 9 (i).   Checked: tests/test_plane.py::test_optimum_of_products_of_lines
     """
 
-    problem: Problem
-    grid: TimeGrid
-    policy: PlanePolicy
-    value: OptimalValue
-    objective: float
-    expected_reward: float
-    penalty: float
     ties: Array
-    evaluate: Callable[[Problem, Policy, TimeGrid], Truth]
-
-    @property
-    def path_kl(self) -> float:
-        """KL(P* || P_pre), nats."""
-        self.problem.require_path_kl()
-        return self.penalty
-
-    @cached_property
-    def truth(self) -> Truth:
-        return self.evaluate(self.problem, self.policy, self.grid)
 
 
 def solve(chain: PlaneChain, lattices: tuple[Lattice, ...], mass: tuple[Array, ...], fixed: bool,
@@ -376,5 +354,5 @@ def solve(chain: PlaneChain, lattices: tuple[Lattice, ...], mass: tuple[Array, .
     lattices, fields, envelopes = _backward(chain, lattices, mass, 0 if fixed else ROUNDS)
     policy = PlanePolicy(problem, grid, lattices[:-1], tuple(f.feedback for f in fields[:-1]), np.ones(1))
     objective, reward, penalty = (float(np.sum(mass[0] * field)) for field in fields[0][:3])
-    return PlaneOptimum(problem, grid, policy, OptimalValue(chain, lattices, envelopes), objective, reward, penalty,
-                        np.array([f.ties for f in fields[:-1]]), evaluate)
+    return PlaneOptimum(problem, grid, policy, OptimalValue(chain, lattices, envelopes), objective, reward, penalty, evaluate,
+                        np.array([f.ties for f in fields[:-1]]))

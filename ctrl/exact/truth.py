@@ -94,6 +94,37 @@ class Value(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+class GlobalOptimum:
+    r"""A mean-shift optimum found by a global search, with the face of the chain's: policy, objective, penalty, path_kl, truth.
+
+        objective = E V*_0(X_0),    penalty = E sum kappa D |a* - s|^2,    expected_reward = E* r(X_N)      (undiscounted, as in Truth)
+
+    policy : its theta (1,) multiplies the feedback      value : V*, its gradient, Q*
+    truth : J, terminal law and gradient of the policy by an independent solver, `evaluate`
+    Source: theory.md, section 9 (i).   Checked: tests/test_line_optimum.py::test_reference_numbers
+    """
+
+    problem: Problem
+    grid: TimeGrid
+    policy: Policy
+    value: Value
+    objective: float
+    expected_reward: float
+    penalty: float
+    evaluate: Callable[[Problem, Policy, TimeGrid], Truth]
+
+    @property
+    def path_kl(self) -> float:
+        """KL(P* || P_pre), nats; ValueError at eta = 0."""
+        self.problem.require_path_kl()
+        return self.penalty
+
+    @cached_property
+    def truth(self) -> Truth:
+        return self.evaluate(self.problem, self.policy, self.grid)
+
+
+@dataclass(frozen=True, eq=False)
 class Advantage:
     r"""The advantage rate in closed form (theory.md, section 6).
 

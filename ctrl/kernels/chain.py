@@ -10,12 +10,14 @@ Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_chain_is_it
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from ctrl.elementary import FAST
+from ctrl import elementary
+from ctrl.elementary import FAST, built_from
 from ctrl.kernels.gradient import DIFFERENCE, NO_VALUE, add_value, collect, hand_over, spend
 from ctrl.kernels.mixture import score_rows
 from ctrl.kernels.normals import ACTION, LANES, STEP, WIDTH, normals, row
@@ -83,6 +85,7 @@ class Scores(NamedTuple):
     charge: Array
 
 
+@built_from(elementary.__file__, *sorted(Path(__file__).parent.glob("*.py")))
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
 def run(begin, end, x, words, given, motion, exploration, cost, scores, own, wanted, sums, states, samples):
     """Paths begin ... end - 1: x (n, d) holds the start and receives the end; sums (n, 3): square, cross, discounted.

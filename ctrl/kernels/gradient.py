@@ -22,23 +22,15 @@ Array = np.ndarray[Any, Any]
 NO_VALUE, BASELINE, DIFFERENCE = 0, 1, 2
 
 
-class Terms(NamedTuple):
-    """Entries begin[i] ... begin[i + 1] - 1 belong to step i: parameter, coordinate a, state b (or -1 for none), factor."""
-
-    begin: Array
-    parameter: Array
-    coordinate: Array
-    state: Array
-    factor: Array
-
-
 class Collect(NamedTuple):
     """What is summed; `gain` c_i (N,), empty for nothing; `pull` e_i = pull_i u_i and `price` lambda e^{-rho t_i}, (N,).
+
+    terms : a policy's, begin (N + 1,), parameter, coordinate, state, factor (see ctrl.policy.Terms)
 
     sampled : costs are lambda (u'xi + |u|^2/2)     to_go : w holds what is spent     use : of the value, S (N + 1, d, d), w, z
     """
 
-    terms: Terms
+    terms: Any
     gain: Array
     pull: Array
     price: Array

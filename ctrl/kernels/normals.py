@@ -16,7 +16,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from ctrl.elementary import FAST, as_bits, as_float
+from ctrl import elementary
+from ctrl.elementary import FAST, as_bits, as_float, built_from
 
 LANES = 256
 WIDTH = np.uint64(LANES)  # rows of lanes lie one after the other in flat arrays: an array of rows costs a reference count for every row taken
@@ -182,6 +183,7 @@ def negate_odd(first, out, at):
         out[at + lane] = -out[at + lane] if np.uint64(np.uint64(first + lane) & np.uint64(1)) else out[at + lane]
 
 
+@built_from(elementary.__file__)
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
 def fill_normals(key, first, antithetic, stream, out):
     """out[p, i, j] = normal of path first + p, step i, coordinate j; any float dtype, any number of paths."""
@@ -197,6 +199,7 @@ def fill_normals(key, first, antithetic, stream, out):
                         out[begin + lane, 4 * group + r, j] = rows[(r * dim + j) * LANES + lane]
 
 
+@built_from(elementary.__file__)
 @njit(cache=True, error_model="numpy", fastmath=FAST)
 def fill_words(key, first, keep, c2, c3, out):
     """out[p] = the four words of counter (first + p, c2, c3), (n, 4) u32."""
