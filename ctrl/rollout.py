@@ -330,6 +330,8 @@ def _wanted(problem: Problem, grid: TimeGrid, terms: Terms, form: OnePass, dtype
     pull = (0.0 if form.sampled_kl else -1.0) * price * np.sqrt(2 * c.kappa * c.dt)
     gain, pull, price = _cast(dtype, c.h * c.dt / c.noise, pull, price)
     discounts, value = np.append(c.discount, c.final_discount), form.value or (np.empty((0, d, d)), np.empty((0, d)), np.empty(0))
+    if form.value is not None and (shapes := [v.shape for v in value]) != [(grid.steps + 1, *(d,) * k) for k in (2, 1, 0)]:
+        raise ValueError(f"value: expected one on this grid, of {grid.steps} steps and dimension {d}, got S, w, z of shapes {shapes}")
     S, w, z = _cast(dtype, *(v * discounts[: len(v)].reshape(-1, *(1,) * (v.ndim - 1)) for v in value))
     indices = (np.ascontiguousarray(a, dtype=np.int64) for a in terms[:4])
     return Collect(Terms(*indices, *_cast(dtype, terms.factor)), gain, pull, price, int(form.sampled_kl), int(form.to_go), form.use, S, w, z)

@@ -639,6 +639,16 @@ def test_own_cotangents_are_not_passed_by(own):
     np.testing.assert_array_equal(own(*setup, noise).samples, by_trajectories(own, setup, noise))
 
 
+@pytest.mark.parametrize("steps", [2, 5])
+def test_one_pass_refuses_the_value_of_another_grid(steps):
+    """Shorter, it would be read beyond its end; longer, at the wrong times."""
+    problem, policy, grid = bench(steps=3)
+    value = ctrl.exact.value(problem, policy, problem.grid(steps))
+    for form in (RewardToGo(value), TemporalDifference(value)):
+        with pytest.raises(ValueError, match="value: expected one on this grid, of 3 steps and dimension 2, got"):
+            form(problem, policy, grid, ctrl.Noise(0, 10))
+
+
 def test_one_pass_leaves_the_rest_to_trajectories():
     """Policies that are not linear in x, and values that are not quadratic."""
     problem = zoo.mixture_bump_1d()

@@ -210,6 +210,13 @@ def test_compiled_actions_are_refused(action, message):
         simulate(problem_of(), CallablePolicy(action, [0.0, 0.0], dim=2), GRID, Noise(0, 10))
 
 
+def test_a_compiled_action_keeps_its_shape_at_every_time():
+    """The shape is known at the first time alone; later, another one would be read beyond its end."""
+    late = njit(lambda t, x, theta: theta * x[: len(x) if t < 0.5 else 2])
+    with pytest.raises(ValueError, match="action: expected the shape of x"):
+        simulate(problem_of(), CallablePolicy(late, [0.1, 0.2], dim=2), GRID, Noise(0, 10))
+
+
 @njit
 def only_real(t, x, theta):
     out = np.empty_like(x)

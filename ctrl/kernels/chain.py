@@ -279,6 +279,8 @@ def act(action, t, theta, state, dim, real, out):
     for k in range(dim * LANES):
         real[k] = state[k]
     a = action(t, real.reshape(dim, LANES).T, theta)
+    if a.shape != (LANES, dim):
+        raise ValueError("action: expected the shape of x, (n, d), at every time, got another")
     for j in range(dim):
         for lane in range(LANES):
             out[j * LANES + lane] = a[lane, j]
