@@ -424,7 +424,7 @@ def run(case: Case, bench: Bench) -> Row:
 
 BEST = Tuning("bf16", True, Compiler())
 STAGES = (Tuning("fp32"), Tuning("tf32"), Tuning("bf16"), Tuning("bf16", True), Tuning("bf16", False, Compiler()), BEST)
-UNET = Pretraining(iterations=4000, batch=512, learning_rate=5e-4, depth=2, channels=(64, 128, 192))
+UNET = Pretraining(iterations=1500, batch=512, learning_rate=5e-4, depth=2, channels=(64, 128, 192))
 START = Finetune(steps=20, paths=128, iterations=200, pretraining=UNET, reference_samples=2000, reference_steps=50)
 AT_ONCE = 1280  # states whose activations, 18 MiB each in fp32, are kept at a time
 CASES: list[Case] = [
