@@ -1,7 +1,8 @@
-r"""Fine-tuning a U-Net of ten million parameters on MNIST: images/s, updates/s, memory, FLOP utilisation, and the time to a reward.
+r"""Fine-tuning U-Nets, 10 million parameters on MNIST or Stable Diffusion's 860: images/s, updates/s, memory, FLOP utilisation, time to a reward.
 
     python benchmarks/gpu_finetune.py --data-dir DIR [--out FILE.csv] [--only WORD ...]      (MNIST's IDX files in DIR, one GPU)
-    python benchmarks/gpu_finetune.py --tiny                                                 (8x8 digits, any machine, half a minute)
+    python benchmarks/gpu_finetune.py --latents [--out FILE.csv] ...                         (Stable Diffusion's U-Net, random weights, one GPU)
+    python benchmarks/gpu_finetune.py --tiny [--latents]                                     (8x8 digits, any machine, half a minute)
 
     sampling   N network calls an image, without gradients, by precision, memory layout, compiler and batch
     updates    whole updates of value-gradient fine-tuning (sampling, losses, backward passes, Adam), in the same variants
@@ -13,8 +14,9 @@ Model FLOPs are those of matrix products and convolutions, forward and backward,
 to save memory do not count. Peaks are dense ones of data sheets, at the precision of the row; MFU is empty on other devices.
 Warm-up (compilation, choice of kernels) is timed apart and, in training, undone by a checkpoint. The clock is read when the device is idle.
 Every finished row is in the CSV file at once, and a second call goes on from there; the figure beside it is drawn from the rows.
-The whole needs a GPU of 80 GB; it has not been timed. By its FLOPs at a quarter of an H100's peak: three minutes of pre-training (kept in the
-cache), then about a minute a row, most of it compilation, and up to three minutes for each of the eight methods.
+Run on an H200, rows in benchmarks/gpu_finetune/: latents, 10 to 40 s a case at batches up to 32, 36 GiB in full fine-tuning; images, 5 to 35 s
+a case, half a minute more to compile a sampler, and more than two minutes to compile an update; pre-training (1500 steps, only for the cases
+to a share, which have not been run) three minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -54,14 +56,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ctrl.files import versions
+from ctrl.schedule import DiscreteVP
 from ctrl.torch.chain import Problem, sample
 from ctrl.torch.compare import name_of
-from ctrl.torch.finetune import Finetune, Training, queries_to_share
+from ctrl.torch.finetune import Finetune, Training, queries_to_share, trainable_copy
+from ctrl.torch.images import Images
 from ctrl.torch.methods import ALL, Method, ScoreFunction, ValueGradient
 from ctrl.torch.pictures import BLACK, BLUE, GREEN, ORANGE
-from ctrl.torch.policy import NetworkPolicy
+from ctrl.torch.pipelines import DiffusersUNet
+from ctrl.torch.policy import NetworkPolicy, PredictsNoise
 from ctrl.torch.pretrain import Pretraining, sampling_grid
-from ctrl.torch.task import Settings, Task, prepare
+from ctrl.torch.rewards import CallableImageReward
+from ctrl.torch.task import Settings, Task, outline, prepare
 
 WARM_UP = 2  # calls before the clock: compilation, choice of kernels, recording of graphs
 COUNTED = 2  # paths on which FLOPs are counted: the least that has a leave-one-out baseline
@@ -99,16 +105,20 @@ class Tuning:
     precision: Precision = "fp32"
     channels_last: bool = False
     compiler: Compiler | None = None
+    recomputed: bool = False  # activations inside the U-Net, by diffusers' gradient checkpointing
 
     @property
     def name(self) -> str:
-        return " ".join([self.precision, *["channels_last"] * self.channels_last, *([self.compiler.name] if self.compiler else [])])
+        return " ".join([self.precision, *["channels_last"] * self.channels_last, *([self.compiler.name] if self.compiler else []),
+                         *["recomputed"] * self.recomputed])
 
     def policy(self, base: NetworkPolicy) -> NetworkPolicy:
         """A frozen copy of the base model in this memory layout and precision; copies of it keep both."""
         network = copy.deepcopy(base.network)
         if self.channels_last:
             network.core.to(memory_format=torch.channels_last)
+        if self.recomputed:
+            network.core.enable_gradient_checkpointing()
         return NetworkPolicy(network, base.prediction, torch.bfloat16 if self.precision == "bf16" else None).frozen()
 
     def compile(self, *policies: nn.Module) -> None:
@@ -197,16 +207,30 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What the cases share: the pre-trained model and its task, made when it is first asked for, the device, and how often a call is timed."""
+    """What the cases share: the model and its task, made when they are first asked for, the device, and how often a call is timed."""
 
     settings: Finetune
     accelerator: Accelerator
     rounds: int
 
     @cached_property
+    def untrained(self) -> Task:
+        """The task with an untrained model, which takes as long to compute."""
+        return outline(self.settings, self.accelerator.device)
+
+    @cached_property
     def task(self) -> Task:
         with Tuning("tf32").applied():  # whatever the case that asks: pre-training is the longest piece of work
-            return prepare(self.settings, self.accelerator.device)
+            return prepare(self.settings, self.accelerator.device, self.untrained)
+
+    @property
+    def data(self) -> str:
+        return self.settings.data
+
+    def update_flops(self, case: Trains) -> dict[str, float]:
+        """Counted in a training of its own, as what is compiled cannot be counted."""
+        training = self.training(case, COUNTED)
+        return {"network_flops": self.network_flops(training.problem), "flops_per_image": model_flops(training.update) / COUNTED}
 
     @property
     def on_gpu(self) -> bool:
@@ -216,13 +240,14 @@ class Bench:
     def device(self) -> str:
         return torch.cuda.get_device_name(self.accelerator.device) if self.on_gpu else self.accelerator.device.type
 
-    def tuned(self, tuning: Tuning) -> Task:
+    def tuned(self, tuning: Tuning, task: Task) -> Task:
         """The task with its base model computed in another way."""
-        base = tuning.policy(self.task.base)
-        return replace(self.task, base=base, problem=replace(self.task.problem, pretrained=base))
+        base = tuning.policy(task.base)
+        return replace(task, base=base, problem=replace(task.problem, pretrained=base))
 
-    def training(self, tuning: Tuning, method: Method, paths: int, at_once: int) -> Training:
-        return Training(self.tuned(tuning), replace(self.settings, method=method, paths=paths, at_once=at_once), self.accelerator)
+    def training(self, case: Trains, paths: int) -> Training:
+        settings = replace(self.settings, method=case.method, paths=paths, at_once=case.at_once, lora_rank=case.lora_rank, lora_targets=ATTENTION)
+        return Training(self.tuned(case.tuning, case.task(self)), settings, self.accelerator)
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Of one call, from an idle device to an idle device."""
@@ -253,8 +278,54 @@ class Bench:
 
     def network_flops(self, problem: Problem) -> int:
         """Of one forward pass of the U-Net on one state."""
-        times = problem.times(sampling_grid(problem.schedule, 1), torch.empty(0, device=self.accelerator.device))
-        return model_flops(lambda: problem.pretrained(times[:1], torch.zeros(1, 1, *problem.shape, device=self.accelerator.device)))
+        return passed_flops(problem, problem.pretrained.network, self.accelerator.device)
+
+
+def passed_flops(problem: Problem, network: nn.Module, device: torch.device | str, backward: bool = False) -> int:
+    """Of one forward pass of a policy's network on one state, with its backward pass to the parameters where it is asked for."""
+    x = torch.zeros(1, 1, *problem.shape, device=device)
+    times = problem.times(sampling_grid(problem.schedule, 1), x)[:1]
+    return model_flops(lambda: network(times, x, None).sum().backward() if backward else network(times, x, None))
+
+
+@dataclass(frozen=True, eq=False)
+class Latents(Bench):
+    """Stable Diffusion's U-Net with random weights on latents, and a reward that costs nothing: its shape, size and cost, without its images."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    side: int = 64
+    prompt: tuple[int, int] = (77, 768)  # tokens, and numbers in each
+
+    @property
+    def data(self) -> str:
+        return "latents"
+
+    @cached_property
+    def untrained(self) -> Task:
+        from diffusers import UNet2DConditionModel
+
+        device, plain, shape = self.accelerator.device, len(self.channels) - 1, (4, self.side, self.side)
+        schedule = DiscreteVP.scaled_linear()
+        with torch.random.fork_rng(devices=[device] if self.on_gpu else []), torch.device(device):
+            torch.manual_seed(self.settings.seed)
+            core = UNet2DConditionModel(
+                sample_size=self.side, block_out_channels=self.channels, cross_attention_dim=self.prompt[1], attention_head_dim=8,
+                down_block_types=("CrossAttnDownBlock2D",) * plain + ("DownBlock2D",),
+                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * plain)
+            base = NetworkPolicy(DiffusersUNet(core, schedule, torch.randn(self.prompt)), PredictsNoise()).frozen()
+        reward = CallableImageReward(lambda latents: latents.flatten(1).mean(1), differentiable=True)
+        problem = Problem(schedule, base, reward, shape, self.settings.kl_weight, self.settings.eta)
+        images = Images(torch.zeros(1, *shape, device="cpu"))
+        return Task(images, problem, base, None, None, images.pixels[:0])
+
+    def update_flops(self, case: Trains) -> dict[str, float]:
+        """Of score functions: a network for the sample, one for s, and mu with its gradient; counted on no device, where all fits."""
+        base = copy.deepcopy(self.untrained.base).to("meta")
+        with torch.device("meta"):
+            policy, _ = trainable_copy(base, case.lora_rank, ATTENTION)
+        network, sampled, trained = (passed_flops(self.untrained.problem, p.network, "meta", backward) for p, backward in (
+            (base, False), (policy, False), (policy, True)))
+        return {"network_flops": network, "flops_per_image": self.settings.steps * (network + sampled + trained)}
 
 
 @dataclass(frozen=True)
@@ -276,6 +347,10 @@ class Case(ABC):
     @abstractmethod
     def measured(self, bench: Bench) -> Row:
         """What is known after."""
+
+    def task(self, bench: Bench) -> Task:
+        """Whose model is used: speed is that of an untrained one."""
+        return bench.untrained
 
 
 def rates(row: Row, bench: Bench, tuning: Tuning, seconds: Sequence[float], flops_per_image: float, **known: Any) -> Row:
@@ -300,16 +375,17 @@ class Sampling(Case):
         return f"sampling {self.tuning.name} x {self.batch}"
 
     def blank(self, bench: Bench) -> Row:
-        return Row(self.name, self.work, "", self.tuning.name, self.batch, bench.settings.steps, size(bench.task.base))
+        return Row(self.name, self.work, "", self.tuning.name, self.batch, bench.settings.steps, size(self.task(bench).base))
 
     def measured(self, bench: Bench) -> Row:
-        problem = bench.tuned(self.tuning).problem
+        problem = bench.tuned(self.tuning, self.task(bench)).problem
         policy, grid = problem.pretrained, sampling_grid(problem.schedule, bench.settings.steps)
 
         def call(k: int, paths: int = self.batch) -> None:
             sample(problem, policy, grid, bench.settings.noise(k, paths))
 
-        network, flops = bench.network_flops(problem), model_flops(lambda: call(0, COUNTED)) / COUNTED
+        network = bench.network_flops(problem)
+        flops = bench.settings.steps * network + model_flops(lambda: problem.rewards(torch.zeros(1, *problem.shape, device=bench.accelerator.device)))
         self.tuning.compile(policy)
         warm_up = bench.seconds(lambda: [call(k) for k in range(WARM_UP)])
         bench.forget_peak_memory()
@@ -324,20 +400,20 @@ class Trains(Case, ABC):
     method: Method
     paths: int
     at_once: int
+    lora_rank: int = field(default=0, kw_only=True)
 
     def blank(self, bench: Bench) -> Row:
-        return Row(self.name, self.work, name_of(self.method), self.tuning.name, self.paths, bench.settings.steps, size(bench.task.base))
+        return Row(self.name, self.work, name_of(self.method), self.tuning.name, self.paths, bench.settings.steps, size(self.task(bench).base))
 
-    def flops(self, bench: Bench) -> dict[str, float]:
-        """Counted in a training of its own, as what is compiled cannot be counted."""
-        training = bench.training(self.tuning, self.method, COUNTED, self.at_once)
-        return {"network_flops": bench.network_flops(training.problem), "flops_per_image": model_flops(training.update) / COUNTED}
+    @abstractmethod
+    def warm(self, training: Training) -> None:
+        """A few updates before the clock."""
 
     def ready(self, bench: Bench) -> tuple[Training, dict[str, float]]:
-        """A training that is compiled, warm, and at its start; and what was found on the way."""
-        found, training = self.flops(bench), bench.training(self.tuning, self.method, self.paths, self.at_once)
+        """A training that is compiled and warm; and what was found on the way."""
+        found, training = bench.update_flops(self), bench.training(self, self.paths)
         self.tuning.compile(training.policy, training.problem.pretrained)
-        found["warm_up_seconds"] = bench.seconds(lambda: warm(training))
+        found["warm_up_seconds"] = bench.seconds(lambda: self.warm(training))
         bench.forget_peak_memory()
         return training, found
 
@@ -350,7 +426,12 @@ class Updates(Trains):
 
     @property
     def name(self) -> str:
-        return f"updates {name_of(self.method)} {self.tuning.name} x {self.paths} (at once {self.at_once})"
+        adapter = f" LoRA {self.lora_rank}" * bool(self.lora_rank)
+        return f"updates {name_of(self.method)}{adapter} {self.tuning.name} x {self.paths} (at once {self.at_once})"
+
+    def warm(self, training: Training) -> None:
+        for _ in range(WARM_UP):
+            training.update()
 
     def measured(self, bench: Bench) -> Row:
         training, found = self.ready(bench)
@@ -368,6 +449,18 @@ class ToShare(Trains):
     @property
     def name(self) -> str:
         return f"to share {self.share:g} {name_of(self.method)} {self.tuning.name} x {self.paths}"
+
+    def task(self, bench: Bench) -> Task:
+        return bench.task
+
+    def warm(self, training: Training) -> None:
+        """Undone by a checkpoint."""
+        with tempfile.TemporaryDirectory() as folder:
+            start = Path(folder) / "start.safetensors"
+            training.save(start)
+            for _ in range(WARM_UP):
+                training.update()
+            training.load(start)
 
     def measured(self, bench: Bench) -> Row:
         training, found = self.ready(bench)
@@ -390,16 +483,6 @@ class ToShare(Trains):
             if queries is not None:
                 return rows, seconds, queries, ""
         return rows, seconds, None, ""
-
-
-def warm(training: Training) -> None:
-    """A few updates, undone by a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = Path(folder) / "start.safetensors"
-        training.save(start)
-        for _ in range(WARM_UP):
-            training.update()
-        training.load(start)
 
 
 def size(module: nn.Module) -> int:
@@ -426,6 +509,7 @@ BEST = Tuning("bf16", True, Compiler())
 STAGES = (Tuning("fp32"), Tuning("tf32"), Tuning("bf16"), Tuning("bf16", True), Tuning("bf16", False, Compiler()), BEST)
 UNET = Pretraining(iterations=1500, batch=512, learning_rate=5e-4, depth=2, channels=(64, 128, 192))
 START = Finetune(steps=20, paths=128, iterations=200, pretraining=UNET, reference_samples=2000, reference_steps=50)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what an adapter adapts
 AT_ONCE = 1280  # states whose activations, 18 MiB each in fp32, are kept at a time
 CASES: list[Case] = [
     *(Sampling(tuning, 1024) for tuning in STAGES), *(Sampling(BEST, batch) for batch in (64, 256, 4096)),
@@ -434,12 +518,25 @@ CASES: list[Case] = [
     Updates(BEST, ValueGradient(), START.paths, 2 * AT_ONCE), Updates(BEST, ValueGradient(), 8 * START.paths, 2 * AT_ONCE),
     *(ToShare(BEST, method, START.paths, AT_ONCE, share=0.8, over=500) for method in ALL)]
 
+# Adam in steps that random weights survive; on the latents of an image at a time, N states.
+SLOW = ScoreFunction(learning_rate=1e-5)
+LATENTS_START = Finetune(steps=10, paths=8)
+LATENTS_BATCHES = (8, 16, 32, 64)
+LATENTS: list[Case] = [
+    *(Sampling(Tuning("bf16"), batch) for batch in LATENTS_BATCHES),
+    *(Updates(Tuning("bf16"), SLOW, batch, LATENTS_START.steps) for batch in LATENTS_BATCHES),
+    *(Updates(Tuning("bf16"), SLOW, batch, LATENTS_START.steps, lora_rank=4) for batch in LATENTS_BATCHES),
+    Updates(Tuning("bf16", recomputed=True), SLOW, 8, LATENTS_START.steps),
+    *(Updates(Tuning("bf16", recomputed=True), SLOW, 8, 8 * LATENTS_START.steps, lora_rank=rank) for rank in (0, 4)),
+    Sampling(Tuning("fp32"), 8), Sampling(Tuning("tf32"), 8), Sampling(Tuning("bf16", True), 64), Sampling(BEST, 64)]
+
 TINY_START = Finetune(steps=2, paths=8, iterations=3, quick=True, threads=1, reference_samples=16, reference_steps=2,
                       pretraining=Pretraining(iterations=20, batch=64, learning_rate=5e-3, depth=1, channels=(8,)))
 TINY: list[Case] = [
     Sampling(Tuning(), 32), Sampling(Tuning("bf16", True), 32), Updates(Tuning(), ScoreFunction(), 8, 8),
     Updates(Tuning("bf16", True, Compiler("eager")), ScoreFunction(), 8, 16),  # traced as for the others, but needs no C++ compiler
     *(ToShare(Tuning(), replace(method, value_updates=2), 8, 16, share=0.1, over=16) for method in ALL)]
+TINY_LATENTS: list[Case] = [Sampling(Tuning(), 4), Updates(Tuning("bf16"), SLOW, 4, 2), Updates(Tuning(recomputed=True), SLOW, 4, 8, lora_rank=2)]
 
 
 # ------------------------------------------------------------------------------------------- rows and figure
@@ -449,7 +546,7 @@ def environment(case: Case, bench: Bench) -> dict[str, str]:
     """What a row's numbers depend on besides its case: settings, device, versions, seed; as the CSV file has it."""
     identity = {name: value for name, value in bench.settings.identity().items() if name != "data_dir"}
     settings = sha256(json.dumps([repr(case), bench.rounds, identity], sort_keys=True).encode()).hexdigest()[:12]
-    about = {"data": bench.settings.data, "settings": settings, "device": bench.device, "machine": f"{processor()}, {platform.machine()}",
+    about = {"data": bench.data, "settings": settings, "device": bench.device, "machine": f"{processor()}, {platform.machine()}",
              "cores": os.cpu_count(), **versions("torch", "diffusers", "accelerate"), "cuda": torch.version.cuda or "",
              "cudnn": torch.backends.cudnn.version() or "", "seed": bench.settings.seed}
     return {name: str(value) for name, value in about.items()}
@@ -486,24 +583,35 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Speed and utilisation of every case, and what each method took to the share; from the rows of one device."""
+    """Speed and utilisation of every case, and what each method took to the share, where there are such; from the rows of one device."""
     speed, methods = ([row for row in rows if (row["work"] == "to share") is share and row["images_per_second"]] for share in (False, True))
-    heights = [max(2, len(speed)), max(2, len(methods))]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 1.6 + 0.26 * sum(heights)), layout="constrained", sharey="row", height_ratios=heights)
-    names, colors = [row["case"] for row in speed], [BLUE if row["work"] == "sampling" else ORANGE for row in speed]
-    bars(axes[0, 0], names, [row["images_per_second"] for row in speed], colors, "images/s (blue: sampling; orange: updates)")
-    bars(axes[0, 1], names, [row["mfu"] for row in speed], colors, "model FLOP utilisation (share of peak)")
-    if not any(row["mfu"] for row in speed):
-        axes[0, 1].set_xticks([])
-        axes[0, 1].text(0.5, 0.5, f"no peak FLOP/s is known of {rows[0]['device']}", ha="center", va="center", transform=axes[0, 1].transAxes)
-    wanted = methods[0]["share_wanted"] if methods else ""
-    for axis, reached, spent, what in zip(axes[1], ("seconds_to_share", "queries_to_share"), ("seconds", "images"), ("seconds", "reward queries"),
-                                          strict=True):
-        bars(axis, [row["method"] for row in methods], [row[reached] or row[spent] for row in methods],
-             [GREEN if row[reached] else "none" for row in methods], f"{what} to a judged share above {wanted}\n(outline: spent without reaching it)")
+    heights = [max(2, len(part)) for part in (speed, methods) if part] or [2]
+    figure, axes = plt.subplots(len(heights), 2, figsize=(10, 0.4 + 0.6 * len(heights) + 0.26 * sum(heights)), layout="constrained", sharey="row",
+                                height_ratios=heights, squeeze=False)
+    if speed:
+        draw_speed(axes[0], speed)
+    if methods:
+        draw_shares(axes[-1], methods)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['data']}, U-Net of {int(rows[0]['parameters']) / 1e6:.3g} M parameters, N = {rows[0]['steps']}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_speed(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
+    names, colors = [row["case"] for row in rows], [BLUE if row["work"] == "sampling" else ORANGE for row in rows]
+    bars(axes[0], names, [row["images_per_second"] for row in rows], colors, "images/s (blue: sampling; orange: updates)")
+    bars(axes[1], names, [row["mfu"] for row in rows], colors, "model FLOP utilisation (share of the precision's peak)")
+    if not any(row["mfu"] for row in rows):
+        axes[1].set_xticks([])
+        axes[1].text(0.5, 0.5, f"no peak FLOP/s is known of {rows[0]['device']}", ha="center", va="center", transform=axes[1].transAxes)
+
+
+def draw_shares(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
+    for axis, reached, spent, what in zip(axes, ("seconds_to_share", "queries_to_share"), ("seconds", "images"), ("seconds", "reward queries"),
+                                          strict=True):
+        bars(axis, [row["method"] for row in rows], [row[reached] or row[spent] for row in rows],
+             [GREEN if row[reached] else "none" for row in rows],
+             f"{what} to a judged share above {rows[0]['share_wanted']}\n(outline: spent without reaching it)")
 
 
 def bars(axis: Axes, labels: list[str], values: list[str], colors: list[str], label: str) -> None:
@@ -555,12 +663,13 @@ def of_case(case: Case, bench: Bench, rows: list[dict[str, str]]) -> list[dict[s
     return [row for row in rows if row["case"] == case.name and about <= row.items()]
 
 
-def main(tiny: bool = False, data_dir: Path | None = None, out: Path = Path("gpu_finetune.csv"), only: tuple[str, ...] = (), rounds: int = 5,
-         seed: int = 0, cache: Path = Settings.cache) -> None:
+def main(tiny: bool = False, latents: bool = False, data_dir: Path | None = None, out: Path = Path("gpu_finetune.csv"),
+         only: tuple[str, ...] = (), rounds: int = 5, seed: int = 0, cache: Path = Settings.cache) -> None:
     """Measure what is missing from the rows, and draw them.
 
     Args:
         tiny: a small network on small images; what a machine without a GPU does anyway.
+        latents: Stable Diffusion's U-Net with random weights, in the place of MNIST's.
         data_dir: folder of MNIST's IDX files, for the full configuration.
         out: the CSV file; the figure stands beside it.
         only: cases whose name has all of these words (default: all cases).
@@ -572,17 +681,14 @@ def main(tiny: bool = False, data_dir: Path | None = None, out: Path = Path("gpu
     if not tiny and accelerator.device.type != "cuda":
         print("no CUDA device: the tiny configuration")
         tiny = True
-    if not tiny and data_dir is None:
-        raise ValueError("data_dir: expected a folder with MNIST's IDX files, got none (or --tiny)")
-    start = TINY_START if tiny else replace(START, data="mnist", data_dir=data_dir)
-    if start.threads is not None:
-        torch.set_num_threads(start.threads)
-    bench = Bench(replace(start, seed=seed, cache=cache), accelerator, rounds)
-    cases = [case for case in (TINY if tiny else CASES) if all(word in case.name.split() for word in only)]
+    bench, cases = _latents(tiny, accelerator, rounds, seed) if latents else _images(tiny, data_dir, accelerator, rounds, seed, cache)
+    if bench.settings.threads is not None:
+        torch.set_num_threads(bench.settings.threads)
+    cases = [case for case in cases if all(word in case.name.split() for word in only)]
     if not cases:
         raise ValueError(f"only: expected words of some case's name, got {' '.join(only)}")
     rows = read(out)
-    columns = [*(field.name for field in fields(Row)), *environment(cases[0], bench)]
+    columns = [*(column.name for column in fields(Row)), *environment(cases[0], bench)]
     if rows and list(rows[0]) != columns:
         raise ValueError(f"out: expected a new file, or one with the columns {', '.join(columns)}, got another one in {out}")
     failed = finish(cases, bench, rows, out)
@@ -591,6 +697,19 @@ def main(tiny: bool = False, data_dir: Path | None = None, out: Path = Path("gpu
         draw(found, out.with_suffix(".png"))
     if failed:
         raise SystemExit(f"{len(failed)} of {len(cases)} cases failed: {'; '.join(failed)}")
+
+
+def _images(tiny: bool, data_dir: Path | None, accelerator: Accelerator, rounds: int, seed: int, cache: Path) -> tuple[Bench, list[Case]]:
+    if not tiny and data_dir is None:
+        raise ValueError("data_dir: expected a folder with MNIST's IDX files, got none (or --tiny)")
+    start = TINY_START if tiny else replace(START, data="mnist", data_dir=data_dir)
+    return Bench(replace(start, seed=seed, cache=cache), accelerator, rounds), TINY if tiny else CASES
+
+
+def _latents(tiny: bool, accelerator: Accelerator, rounds: int, seed: int) -> tuple[Bench, list[Case]]:
+    if tiny:
+        return Latents(replace(TINY_START, seed=seed), accelerator, rounds, channels=(32, 64), side=8, prompt=(3, 16)), TINY_LATENTS
+    return Latents(replace(LATENTS_START, seed=seed), accelerator, rounds), LATENTS
 
 
 if __name__ == "__main__":

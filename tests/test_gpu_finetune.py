@@ -101,7 +101,7 @@ def test_a_second_call_goes_on(rows, folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "run", pretend)
     monkeypatch.setattr(bench, "draw", lambda rows, path: drawn.append(rows))
     with monkeypatch.context() as patched:
-        patched.setattr(bench, "prepare", lambda *_: pytest.fail("the model of a finished benchmark was asked for"))
+        patched.setattr(bench, "outline", lambda *_: pytest.fail("the model of a finished benchmark was asked for"))
         bench.main(tiny=True, out=out, rounds=2, cache=folder / "cache")
     assert not done and out.read_bytes() == before and drawn == [rows]
     short = folder / "short.csv"
@@ -190,7 +190,7 @@ def test_utilisation(tiny, rows, monkeypatch):
 
 
 def training(tiny, tuning, **changed):
-    return bench.Training(tiny.tuned(tuning), replace(tiny.settings, method=ScoreFunction(), **changed), tiny.accelerator)
+    return bench.Training(tiny.tuned(tuning, tiny.task), replace(tiny.settings, method=ScoreFunction(), **changed), tiny.accelerator)
 
 
 def moved(made, updates=2):
@@ -251,7 +251,7 @@ def test_compiled_networks_keep_their_names(tiny, rows, tmp_path):
 def test_warm_up_is_undone(tiny, plain):
     """A warmed training is a fresh one: the same metrics, the same parameters, bit for bit."""
     made = training(tiny, bench.Tuning())
-    bench.warm(made)
+    bench.ToShare(bench.Tuning(), ScoreFunction(), 8, 16, share=0.5, over=16).warm(made)
     assert made.iteration == made.queries == 0
     metrics, end = moved(made)
     assert metrics == plain[1] and torch.equal(end, plain[2])
@@ -330,3 +330,53 @@ def test_too_little_memory_is_a_row(tiny, monkeypatch):
     row = bench.run(bench.TINY[0], tiny)
     assert row.stopped == "out of memory" and row.images_per_second is None
     assert bench.describe(bench.cells(row)) == f"{row.case}: out of memory"
+
+
+# ------------------------------------------------------------------------------------------- latents
+
+
+@pytest.fixture(scope="module")
+def latents():
+    settings = replace(bench.TINY_START, steps=3)
+    return bench.Latents(settings, Accelerator(cpu=True), 1, channels=(32, 64), side=8, prompt=(3, 16))
+
+
+def test_latents_have_the_size_of_stable_diffusion():
+    """Known of its U-Net: 859,520,964 parameters, and 0.80 TFLOP a forward pass on latents of 64 x 64."""
+    with torch.device("meta"):
+        full = bench.Latents(bench.LATENTS_START, type("Meta", (), {"device": torch.device("meta")}), 1)
+        assert bench.size(full.untrained.base) == 859_520_964
+        flops = bench.passed_flops(full.untrained.problem, full.untrained.base.network, "meta")
+    assert flops == pytest.approx(0.803e12, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_flops_of_an_update_of_latents(latents, rank):
+    """Counted on no device, they are those of a whole update on this one; an adapter costs less than all weights."""
+    case = bench.Updates(bench.Tuning(), bench.SLOW, 2, 6, lora_rank=rank)
+    counted = bench.model_flops(latents.training(case, 2).update) / 2
+    assert latents.update_flops(case)["flops_per_image"] == pytest.approx(counted, rel=1e-9)
+    full = replace(case, lora_rank=0)
+    assert rank == 0 or latents.update_flops(case)["flops_per_image"] < 0.9 * latents.update_flops(full)["flops_per_image"]
+
+
+def test_recomputed_activations_change_nothing(latents):
+    """Of full weights and of an adapter on attention, which alone moves."""
+    for rank in (0, 2):
+        ends = []
+        for recomputed in (False, True):
+            made = latents.training(bench.Updates(bench.Tuning(recomputed=recomputed), bench.SLOW, 4, 6, lora_rank=rank), 4)
+            names = [name for name, p in made.policy.named_parameters() if p.requires_grad]
+            assert rank == 0 or (names and all("lora" in name and any(f".{end}." in name for end in bench.ATTENTION) for name in names))
+            row, theta = made.update(), torch.cat([p.detach().flatten() for p in made.policy.trainable()])
+            ends.append((row["loss"], row["gradient_norm"], theta))
+        (loss, norm, theta), (loss_again, norm_again, theta_again) = ends
+        assert loss == pytest.approx(loss_again, rel=1e-5) and norm == pytest.approx(norm_again, rel=1e-4)
+        assert torch.allclose(theta, theta_again, rtol=0, atol=1e-6)
+
+
+def test_latents_rows(folder):
+    bench.main(tiny=True, latents=True, out=folder / "latents.csv", rounds=1)
+    found = table(folder / "latents.csv")
+    assert [row["case"] for row in found] == [case.name for case in bench.TINY_LATENTS] and all(row["data"] == "latents" for row in found)
+    assert not any(row["stopped"] for row in found) and (folder / "latents.png").stat().st_size > 10_000

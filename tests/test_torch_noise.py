@@ -71,6 +71,15 @@ def test_normals_are_those_of_the_noise(name, sizes, antithetic, monkeypatch):
     assert ulps(draw(DeviceNoise(noise, dtype=torch.float64), name, sizes), expected) > 1000
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "sizes"), [("start", (5,)), ("steps", (7, 3)), ("actions", (6, 2))])
+def test_normals_on_a_gpu_are_those_of_the_noise(name, sizes):
+    """Its logarithm and sine are others, within units in the last place."""
+    noise = ctrl.Noise(SEED, 20_000, first=2**32 - 300)
+    found = getattr(DeviceNoise(noise, "cuda", torch.float64), name)(*sizes)
+    assert found.is_cuda and ulps(found.cpu().numpy(), draw(noise, name, sizes)) <= 16
+
+
 def test_extreme_words():
     """Both ends of both uniforms and the borders of the quarter turns: finite, and the compiled kernel's to rounding."""
     edges = np.array([0, 1, 2**29 - 1, 2**29, 2**30, 2**31 - 1, 2**31, 3 * 2**30, 7 * 2**29, 2**32 - 2, 2**32 - 1])

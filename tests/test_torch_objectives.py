@@ -234,6 +234,20 @@ def test_objectives_equal_numpy_estimators(name, eta):
         assert gap(-optimiser_sees(objective, run), expected.mean) <= 1e-10, type(objective).__name__
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("name", ["scaled", "mixture and functions"])
+def test_objectives_on_a_gpu_equal_numpy_estimators(name, eta):
+    """Noise, states and gradients made there, path by path; noise of another seed is seen."""
+    problem, policy, grid, pairs = counterparts(name, eta)
+    there, moved = ct.problem_of(problem, grid), ct.policy_of(policy, grid).cuda()
+    there = replace(there, pretrained=there.pretrained.cuda())
+    for objective, estimator in pairs:
+        expected = estimator(problem, policy, grid, ctrl.Noise(5, 48))
+        assert gap(objective(there, moved, grid, ctrl.Noise(5, 48)).samples, expected.samples) <= 1e-9, type(objective).__name__
+        assert gap(objective(there, moved, grid, ctrl.Noise(6, 48)).samples, expected.samples) > 1e-2, type(objective).__name__
+
+
 def test_antithetic_pairs_are_one_sample():
     problem, policy, grid = setup("scaled", 0.5)
     noise = ctrl.Noise(5, 48, antithetic=True)

@@ -97,7 +97,7 @@ class Training:
         self.moved = False  # whether theta or the value have moved in the update at hand
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.policy, pretrained = trainable_copy(task.base, settings.lora_rank)
+            self.policy, pretrained = trainable_copy(task.base, settings.lora_rank, settings.lora_targets)
             core = ConvValueNetwork(task.images.shape) if isinstance(task.base.network, UNetDenoiser) else ValueNetwork(task.images.shape)
         self.problem = replace(task.problem, pretrained=pretrained)
         self.policy.to(accelerator.device)
@@ -241,14 +241,18 @@ def _kept(policy: Policy) -> set[str]:
     return {key for key, p in policy.named_parameters() if p.requires_grad}
 
 
-def trainable_copy(base: NetworkPolicy, lora_rank: int) -> tuple[NetworkPolicy, Policy]:
+def trainable_copy(base: NetworkPolicy, lora_rank: int, lora_targets: tuple[str, ...] = ()) -> tuple[NetworkPolicy, Policy]:
     """(a policy to train that starts at the base model, its frozen reference): a full copy, or one network with a LoRA adapter."""
     network = copy.deepcopy(base.network)
     if lora_rank == 0:
         return NetworkPolicy(network.requires_grad_(True), base.prediction, base.autocast), base
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(network, LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear"))
+    targets = list(lora_targets) or "all-linear"
+    try:
+        adapted = get_peft_model(network, LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
+    except ValueError as error:
+        raise ValueError(f"lora_targets: expected ends of names of the network's layers, got {', '.join(lora_targets)}: {error}") from None
     policy = NetworkPolicy(adapted, base.prediction, base.autocast)
     return policy, WithoutAdapter(policy)
 

@@ -105,6 +105,8 @@ class Settings:
     """Largest norm of the policy's gradient."""
     lora_rank: int = 0
     """Rank of a LoRA adapter; 0 trains all parameters."""
+    lora_targets: tuple[str, ...] = ()
+    """Ends of the names of the layers that it adapts, for instance to_q to_k to_v to_out.0; none: all linear layers."""
     plain_value: tyro.conf.FlagCreatePairsOff[bool] = False
     """A value network without the paper's skeleton."""
     precision: Literal["no", "bf16"] = "no"
