@@ -137,7 +137,11 @@ class LogRatio:
 
     @classmethod
     def of(cls, case: Case, policy: Policy, reference: Policy) -> LogRatio:
-        here, other = (JointLaw.of(LinearChain(case.problem, p, case.grid)) for p in (policy, reference))
+        return cls.between(*(JointLaw.of(LinearChain(case.problem, p, case.grid)) for p in (policy, reference)))
+
+    @classmethod
+    def between(cls, here: JointLaw, other: JointLaw) -> LogRatio:
+        """log dP/dP' of two joint laws, under the first."""
         R, g = np.linalg.solve(other.factor, here.factor), np.linalg.solve(other.factor, here.mean - other.mean)
         lam, Q = np.linalg.eigh(R.T @ R - np.eye(len(R)))
         return cls(lam, Q.T @ (R.T @ g), 0.5 * float(g @ g) - float(np.linalg.slogdet(R)[1]))
