@@ -1033,7 +1033,10 @@ def _heat(ax: Any, cells: pd.DataFrame, ratio: bool) -> Any:
 
 
 def _cell(x: float) -> str:
-    return "0" if abs(x) < 1e-12 else f"{x:.2g}" if 1e-3 <= abs(x) < 99.5 else f"{x:.0f}" if 99.5 <= abs(x) < 1e4 else f"{x:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    if abs(x) < 1e-12:
+        return "0"
+    digits = f"{x:.2g}" if 1e-3 <= abs(x) < 99.5 else f"{x:.0f}" if 99.5 <= abs(x) < 1e4 else f"{x:.0e}"
+    return digits.replace("e-0", "e-").replace("e+0", "e")
 
 
 def main(study: Study) -> pd.DataFrame:
