@@ -35,6 +35,7 @@ THETA = (0.3, 0.2)  # the model's departure from its reference
 COARSER = (1, 2, 4, 8)
 FEWEST = 2 * COARSER[-1]  # steps below which no order is fitted
 SINGLE = 1e-6  # constants such as log sqrt(2 pi) in single precision are no error
+ALIKE = 1e-9  # of a gap: a scatter that is rounding
 LEAST_ORDER = 0.5  # half way between a step of order 1 and one whose error does not vanish
 
 
@@ -163,8 +164,16 @@ class Bench:
                        f"{what}; worst at {jumps[worst]}{told}")
 
     def sampled(self, topic: str, what: str, test: MeanTest) -> Verdict:
-        return Verdict(topic, self.sampler.name, "monte_carlo", test.mean, test.expected, test.threshold * test.standard_error, test.z, test.holds,
-                       f"{what}; sees {test.resolves:.2g} with probability {1 - MISS:g}")
+        """A mean over draws; one that holds says how large an error it would have shown, one that fails how far off it is."""
+        told = f"{what}: {test.mean:.3g} where {test.expected:g} is right, "
+        if test.holds:
+            told = f"{what}; an error of {test.resolves:.2g} would show with probability {1 - MISS:g}, a smaller one may not"
+        elif test.standard_error <= ALIKE * abs(test.mean - test.expected):
+            told += "and the draws are all alike"
+        else:
+            told += f"{abs(test.z):.1f} standard errors off"
+        allowed = test.threshold * test.standard_error
+        return Verdict(topic, self.sampler.name, "monte_carlo", test.mean, test.expected, allowed, test.z, test.holds, told)
 
     def order(self, topic: str, what: str, length: ArrayLike, error: ArrayLike, slope: float) -> Verdict:
         lengths, errors = np.asarray(length), np.asarray(error)
@@ -217,8 +226,8 @@ def noise(bench: Bench, topic: str = "noise", jumps: Sequence[Jump] | None = Non
         yield bench.exact(topic, std.format("std"), jumps, [m.std.item() for m in drawn], [s.std for s in slices], slack)
     else:
         z = np.stack([(_draws(bench, jump) - said.mean) / said.std for jump, said in zip(jumps, slices, strict=True)], 1)
-        yield bench.sampled(topic, f"{mean}, in its std", mean_test(z, 0.0))
-        yield bench.sampled(topic, f"{std.format('variance')}, in its own", mean_test(z**2, 1.0))
+        yield bench.sampled(topic, f"{mean}, in units of its std", mean_test(z, 0.0))
+        yield bench.sampled(topic, f"{std.format('variance')}, in units of it", mean_test(z**2, 1.0))
 
 
 @torch.no_grad()
@@ -336,12 +345,16 @@ def batch(bench: Bench) -> Iterator[Verdict]:
             others = torch.cat([x[:1], x[1:] + 1])
             moved.append(((bench.draw(others, jump, 9)[0] - x_next)[0].abs().max().item(), 64 * bench.eps * x.abs().max().item()))
             again.append((bench.sampler.draw(x, jump, bench.model, bench.seed + 9, elsewhere=bench.seed + 12)[0] - x_next).abs().max().item())
-            products.append(_neighbours(bench, jump))
+            if not bench.moments(jump).noiseless:
+                products.append(_neighbours(bench, jump))
     yield bench.exact("batch", "log_prob of a batch in parts against the whole", bench.jumps, *_columns(scored))
     yield bench.exact("batch", "x_next of a row when the other rows change", bench.jumps, *_columns(moved))
     yield bench.exact("batch", "x_next drawn again from the same generator", bench.jumps, again, 0.0, 64 * bench.eps)
-    test = mean_test(np.concatenate(products, axis=1), 0.0)
-    yield bench.sampled("batch", "correlation of the noise of two rows, and of two coordinates", test)
+    what = "correlation of the noise of two rows, and of two coordinates"
+    if products:
+        yield bench.sampled("batch", what, mean_test(np.concatenate(products, axis=1), 0.0))
+    else:
+        yield bench.skipped("batch", f"{what}: no step adds noise")
 
 
 def _columns(rows: Sequence[tuple[float, float]]) -> tuple[list[float], float, list[float]]:
@@ -349,10 +362,14 @@ def _columns(rows: Sequence[tuple[float, float]]) -> tuple[list[float], float, l
 
 
 def _neighbours(bench: Bench, jump: Jump, n: int = 256) -> np.ndarray:
-    """(n^2/2, 2) products of standardised draws: of neighbouring rows, and of neighbouring coordinates, of n rows of n coordinates."""
+    """(n^2/2, 2) products of standardised draws: of neighbouring rows, and of neighbouring coordinates, of n rows of n coordinates.
+
+    One where all are one and the same, as of a noise that is drawn once for a batch.
+    """
     x = bench.point(jump, n).expand(n, *bench.sampler.axes(n))
     y = bench.draw(x, jump, 10)[0].double().reshape(n, n // 2, 2)  # the law of coordinates is that of every other one
-    z = ((y - y.mean((0, 1))) / y.std((0, 1)).clamp_min(NOISELESS)).reshape(n, n)
+    spread = y.std((0, 1))
+    z = torch.where(spread > NOISELESS, (y - y.mean((0, 1))) / spread.clamp_min(NOISELESS), torch.ones_like(y)).reshape(n, n)
     return torch.stack([(z[::2] * z[1::2]).flatten(), (z[:, ::2] * z[:, 1::2]).flatten()], 1).numpy()
 
 
@@ -472,4 +489,11 @@ def _summary(rows: Sequence[Verdict], seconds: float) -> str:
     sampled = sum(row.check == "monte_carlo" for row in judged)
     lines = ["", f"{len(judged) - len(failed)} of {len(judged)} verdicts hold; {len(rows) - len(judged)} skipped; {seconds:.1f} s; "
              f"{sampled} Monte Carlo at a false alarm of {FALSE_ALARM:g} each"]
-    return "\n".join(lines + [f"FAIL {row.theorem} ({row.check}): {row.reason}" for row in failed])
+    return "\n".join(lines + [f"FAIL {row.theorem} ({row.check}): {row.reason}{_found(row)}" for row in failed])
+
+
+def _found(row: Verdict) -> str:
+    """Measured and wanted, where the reason does not tell them already."""
+    if row.check == "monte_carlo":
+        return ""
+    return f": {row.measured:.6g}, wanted {f'at least {LEAST_ORDER:g}' if row.check == 'limit' else f'{row.expected:.6g}'}"

@@ -197,11 +197,49 @@ def test_faithful_steps_pass(own, name, skipped):
 
 
 def test_noise_from_elsewhere_is_judged_by_sampling(own):
-    """A std 5 % off is seen in 65536 draws; the verdicts say what they see."""
+    """A std 5 % off is seen in 65536 draws; verdicts that hold say what would show, those that fail how far off they are."""
     right, wrong = (rows_of(f"{own}:{name}") for name in ("elsewhere", "elsewhere_wrong"))
     sampled = [row for row in right if row.theorem == "noise"]
-    assert {row.check for row in sampled} == {"monte_carlo"} and all("sees 0.0" in row.reason for row in sampled)
+    assert {row.check for row in sampled} == {"monte_carlo"}
+    assert all("an error of 0.0" in row.reason and "would show with probability 0.999, a smaller one may not" in row.reason for row in sampled)
     assert {topic for topic, _ in failures(wrong)} == {"noise", "last_step", "kl"}
+    told = next(reason for topic, reason in failures(wrong) if topic == "noise")
+    assert told.startswith("draws have the variance of log_prob's density, in units of it: 0.907 where 1 is right, ") and told.endswith("standard errors off")
+
+
+ALIKE = '''
+from audit_example import *
+import torch
+
+
+def once(x, t, t_next, model, generator, x_next=None):
+    """One normal for the whole batch and all its coordinates."""
+    std = std_of(t, t_next)
+    mean = mean_of(x, model(x, t), t, t_next, std)
+    if x_next is None:
+        x_next = (mean + std * torch.randn((), generator=generator, dtype=x.dtype)).detach()
+    return x_next, normal(x_next, mean, std).flatten(1).sum(1)
+
+
+def never(x, t, t_next, model, generator, x_next=None):
+    """No noise, and a density all the same."""
+    std = std_of(t, t_next)
+    mean = mean_of(x, model(x, t), t, t_next, std)
+    return (mean.detach() if x_next is None else x_next), normal(mean.detach() if x_next is None else x_next, mean, std).flatten(1).sum(1)
+'''
+
+
+def test_draws_that_do_not_differ_are_no_evidence(tmp_path):
+    """Never that an error of 0 is seen: noise drawn once has correlation 1, and says so; where there is none, there is nothing to correlate."""
+    shutil.copy(EXAMPLE, tmp_path)
+    (tmp_path / "alike.py").write_text(ALIKE)
+    once, never = (rows_of(f"{tmp_path / 'alike.py'}:{name}") for name in ("once", "never"))
+    correlation, = (row for row in once if "correlation" in row.reason)
+    assert correlation.holds is False and correlation.measured == 1 and "1 where 0 is right, and the draws are all alike" in correlation.reason
+    assert all(row.holds is False and row.reason.endswith("and the draws are all alike") for row in once if row.check == "monte_carlo")
+    correlation, = (row for row in never if "correlation" in row.reason)
+    assert correlation.holds is None and correlation.reason.endswith("no step adds noise")
+    assert {"noise", "last_step"} <= {topic for topic, _ in failures(never)}
 
 
 def test_global_noise_is_told(own):
@@ -295,6 +333,9 @@ def test_command(tmp_path, capsys):
     assert cli.main(["audit", f"{EXAMPLE}:kl_in_bits", "--out", str(tmp_path / "wrong"), "--seed", "3"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in out if line.startswith("FAIL")] == [["FAIL", "kl", "(exact):"]] * 2
+    assert out[-1].endswith(": 0.442695, wanted 0")  # 1/log 2 - 1, of the gradient
+    assert cli.main(["audit", f"{EXAMPLE}:whole_direction"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": -0.0373473, wanted at least 0.5")
     rows = json.loads((tmp_path / "wrong" / "verdicts.json").read_text())
     kl = [row for row in rows if row["theorem"] == "kl"]
     assert [row["holds"] for row in kl] == [False, False, True]
