@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 from functools import cache
@@ -14,8 +14,10 @@ import pytest
 import ctrl
 
 TESTS = Path(__file__).parent
-MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.plane", "exact.limit", "exact.tilt", "exact.divergence", "zoo", "testing",
-           "theorems", "torch", "torch.images", "torch.rewards", "torch.classifiers")
+spec = importlib.util.spec_from_file_location("api", TESTS.parent / "docs" / "api.py")
+api = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(api)
+public = cache(api.public)
 # Faces and containers that users meet only through the names above; a sentence is enough.
 PLUMBING = {
     "estimators.Bias", "estimators.Estimator", "estimators.Need", "estimators.Run", "estimators.StepKL", "estimators.ValueFunction",
@@ -27,21 +29,6 @@ PLUMBING = {
     "testing.Setup", "testing.gaussians", "testing.mixtures", "testing.reals", "testing.rewards", "testing.schedules", "testing.vectors",
     "theorems.Case", "theorems.Theorem", "theorems.Verdict",
     "torch.Objective", "torch.Policy", "torch.Run", "torch.Value", "torch.classifiers.Classifier"}
-
-
-def public():
-    """(label, object): ctrl's own names, then the functions and classes that each public module defines or re-exports as X as X."""
-    out = {name: getattr(ctrl, name) for name in ctrl._HOME}
-    for name in MODULES:
-        module = importlib.import_module(f"ctrl.{name}")
-        tree = ast.parse(inspect.getsource(module))
-        froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-        exported = {alias.asname for node in froms for alias in node.names if alias.asname == alias.name}
-        for attribute, value in vars(module).items():
-            here = getattr(value, "__module__", None) == module.__name__ or attribute in exported
-            if here and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
-                out[f"{name}.{attribute}"] = value
-    return out
 
 
 @cache
@@ -71,6 +58,11 @@ def faults(docstring, plumbing=False):
 @pytest.mark.parametrize("label", sorted(public()))
 def test_public_names_are_documented(label):
     assert not faults(public()[label].__doc__, label in PLUMBING)
+
+
+def test_the_reference_is_up_to_date():
+    """python docs/api.py writes it."""
+    assert api.PAGE.read_text() == api.reference()
 
 
 def test_the_list_of_exceptions_is_alive():
