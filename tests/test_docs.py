@@ -80,7 +80,7 @@ def test_a_wrong_number_in_a_page_would_be_noticed(folder):
             followed(page, folder)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *PAGES], ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_links_lead_somewhere(page):
     """Files, and headings within them."""
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
@@ -90,3 +90,9 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def test_every_benchmark_is_in_the_table():
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        assert f"benchmarks/{file.name}" in table or f"benchmarks.{file.stem}" in table, file.name
