@@ -204,7 +204,8 @@ def test_noise_from_elsewhere_is_judged_by_sampling(own):
     assert all("an error of 0.0" in row.reason and "would show with probability 0.999, a smaller one may not" in row.reason for row in sampled)
     assert {topic for topic, _ in failures(wrong)} == {"noise", "last_step", "kl"}
     told = next(reason for topic, reason in failures(wrong) if topic == "noise")
-    assert told.startswith("draws have the variance of log_prob's density, in units of it: 0.907 where 1 is right, ") and told.endswith("standard errors off")
+    assert told.startswith("draws have the variance of log_prob's density, in units of it: 0.907 where 1 is right, ")
+    assert told.endswith("standard errors off")
 
 
 ALIKE = '''
