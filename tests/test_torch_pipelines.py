@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file
 
+import ctrl
+from ctrl import torch as ct
+from ctrl.files import write_json
 from ctrl.schedule import DiscreteVP, TimeGrid
-from ctrl.torch.pipelines import DiffusersUNet
-from ctrl.torch.policy import NetworkPolicy, PredictsNoise, Times
+from ctrl.torch import rewards
+from ctrl.torch.finetune import Alone, Finetune, Training, finetune
+from ctrl.torch.methods import ALL, Pathwise
+from ctrl.torch.pipelines import DiffusersUNet, OfImages, Pretrained, Prompts, prompts_of
+from ctrl.torch.policy import NetworkPolicy, PredictsNoise, Times, denoised
+from ctrl.torch.pretrain import sampling_grid
+from ctrl.torch.task import prepare
+from ctrl.torch.yardstick import yardstick
 
 torch.set_num_threads(1)
 SCHEDULE = DiscreteVP.scaled_linear()
@@ -82,3 +98,204 @@ def test_refusals(times, x):
         DiffusersUNet(unconditional().double(), SCHEDULE)(times, x, torch.zeros(2, 5, 12))
     with pytest.raises(ValueError, match="schedule: expected a DiscreteVP"):
         DiffusersUNet(unconditional(), "scaled_linear")
+
+
+# ------------------------------------------------------------------------------------------- whole pipelines, made here
+
+
+def tokenizer(folder):
+    """Of single characters: no file is fetched."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+
+
+def stable_diffusion(folder, prediction="epsilon"):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    words = tokenizer(folder)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                        max_position_embeddings=8, projection_dim=12, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1))
+    unet = UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+                                cross_attention_dim=12, attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        latent_channels=4, norm_num_groups=4, sample_size=8, scaling_factor=0.2)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction, clip_sample=False,
+                              steps_offset=1)
+    return StableDiffusionPipeline(vae, text, words, unet, scheduler, None, None, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """A folder with a tiny Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("sd")
+    stable_diffusion(folder).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A folder with a tiny DDPM."""
+    folder = tmp_path_factory.mktemp("ddpm")
+    DDPMPipeline(unconditional(), DDPMScheduler()).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_pipeline_is_read_as_it_is(tmp_path, prediction):
+    """The noise of a step that diffusers' own scheduler finds in the guided output is that of the action; images are decoded as it does."""
+    pipeline = stable_diffusion(tmp_path, prediction)
+    found = Pretrained.of(pipeline, ["a b", "c"], guidance=3.0)
+    assert found.shape == (4, 4, 4) and len(found.prompts) == 2
+    x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), 500
+    times = Times.of(found.schedule, found.schedule.grid((999, t)))[1:2]
+    with torch.no_grad():
+        asked, empty = pipeline.encode_prompt(["a b", "c"], "cpu", 1, True, negative_prompt=["", ""])[:2]
+        out = [pipeline.unet(x, t, encoder_hidden_states=e).sample for e in (empty, asked)]
+        pipeline.scheduler.set_timesteps(10)
+        guided = out[0] + 3.0 * (out[1] - out[0])
+        clean = pipeline.scheduler.step(guided, t, x).pred_original_sample
+        torch.testing.assert_close(denoised(times, x[:, None], found.base(times, x[:, None], found.prompts))[:, 0], clean, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(found.decode(x), pipeline.vae.decode(x / 0.2).sample)
+
+
+def test_prompts_are_a_context():
+    """Sliced, in turn, and each for several times."""
+    prompts = Prompts(("a", "b", "c"), torch.arange(3.0).reshape(3, 1, 1))
+    assert prompts.cycled(5).texts == ("a", "b", "c", "a", "b") and prompts.cycled(5).embeddings.flatten().tolist() == [0, 1, 2, 0, 1]
+    assert prompts[1:].texts == ("b", "c") and prompts[1:].repeated(2).texts == ("b", "b", "c", "c")
+    assert prompts[1:].repeated(2).embeddings.flatten().tolist() == [1, 1, 2, 2]
+    assert prompts_of(("cat", "dog"), "a photo of a {}") == ("a photo of a cat", "a photo of a dog")
+
+
+def settings(folder, out, **changed):
+    small = dict(steps=4, paths=6, iterations=2, samples=6, reference_samples=0, threads=1, kl_weight=0.1)
+    return Finetune(**{**small, "pipeline": str(folder), "reward": rewards.Brightness(), "out": out, "cache": out.parent / "cache", **changed})
+
+
+PROMPTED = dict(prompts=("cat", "dog"), prompt_template="a {}", guidance=2.0)
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: type(method).__name__)
+def test_every_method_runs_on_latents(latent, tmp_path, method):
+    """An update with prompts and guidance; the policy moves and the reference does not; all numbers are finite."""
+    summary = finetune(settings(latent, tmp_path / "run", method=replace(method, value_updates=2), iterations=1, **PROMPTED))
+    assert summary["updates"] == 1 and summary["queries"] == 6 and np.isfinite(list(summary["tuned"].values())).all()
+    assert summary["pretrained"]["kl_mean"] == 0 and summary["tuned"]["kl_mean"] > 0 and "yardstick" not in summary
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradients_are_those_of_the_objective(latent, guided):
+    """Pathwise in float64, through guidance, the chain and the decoder: the slope of J on shared noise along the gradient."""
+    found = Pretrained.load(str(latent), ["a b", "c"], 2.0 if guided else 1.0)
+    base, decode = found.base.double(), found.decode.double()
+    prompts = Prompts(found.prompts.texts, found.prompts.embeddings.double()).cycled(4)
+    problem = ct.Problem(found.schedule, base, OfImages(rewards.Brightness(), decode), found.shape, kl_weight=0.05, eta=1.0)
+    policy = ct.NetworkPolicy(copy.deepcopy(base.network).requires_grad_(True), base.prediction)
+    with torch.no_grad():
+        for p in policy.parameters():  # off the pre-trained model, where the KL has a gradient
+            p += 0.02 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel()))
+    grid, noise = sampling_grid(found.schedule, 4), ctrl.Noise(3, 4)
+    run = ct.sample(problem, policy, grid, noise, prompts, dtype=torch.float64)
+    gradient = torch.autograd.grad(-ct.Pathwise().loss(run).mean(), policy.trainable())
+    norm = sum(g.square().sum() for g in gradient).sqrt()
+
+    def J(step):
+        moved = copy.deepcopy(policy)
+        with torch.no_grad():
+            for p, g in zip(moved.trainable(), gradient, strict=True):
+                p += step * g / norm
+        return ct.simulate(problem, moved, grid, noise, prompts, dtype=torch.float64).objective.mean().item()
+
+    assert (J(1e-5) - J(-1e-5)) / 2e-5 == pytest.approx(float(norm), rel=1e-5)
+    unpriced = ct.AdjointMatching().loss(ct.sample(problem, policy, grid, noise, prompts, dtype=torch.float64)).mean()
+    planted = sum((a * b).sum() for a, b in zip(torch.autograd.grad(-unpriced, policy.trainable()), gradient, strict=True)) / norm
+    assert abs(float(planted / norm) - 1) > 1e-4  # the lean adjoint is another gradient
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_saved_is_loaded_by_diffusers(latent, tmp_path, rank):
+    """The averaged policy's output is that of diffusers' own pipeline with the saved weights, merged or not."""
+    run = settings(latent, tmp_path / "run", method=Pathwise(learning_rate=0.05), average=0.0, lora_rank=rank, lora_targets=("to_q", "to_v"),
+                   **PROMPTED)
+    finetune(run)
+    pipeline = StableDiffusionPipeline.from_pretrained(latent, safety_checker=None)
+    before, model = copy.deepcopy(pipeline.unet), tmp_path / "run" / "model"
+    if rank:
+        pipeline.load_lora_weights(model)
+        assert not (model / "unet").exists()
+    else:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    training = Training(prepare(run), run, Alone(torch.device("cpu")))
+    training.load(tmp_path / "run" / "checkpoint.safetensors")
+    x, prompt = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 1, 4, 4, 4), (2, 8, 12)))
+    times = Times.of(training.problem.schedule, training.problem.schedule.grid((999, 400)))[1:2]
+    with torch.no_grad():
+        ours = training.average.network.requires_grad_(False)(times, x, training.task.prompts.embeddings)
+        prompts = (training.task.base.network.empty.expand(2, -1, -1), training.task.prompts.embeddings)
+        empty, asked = (core_output(pipeline.unet, x, 400, e) for e in prompts)
+        torch.testing.assert_close(ours[:, 0], empty + 2.0 * (asked - empty), rtol=1e-4, atol=1e-5)
+        assert (core_output(before, x, 400, prompt) - core_output(pipeline.unet, x, 400, prompt)).abs().max() > 1e-4
+
+
+def core_output(unet, x, t, prompt):
+    return unet(x[:, 0], t, encoder_hidden_states=prompt).sample
+
+
+def test_a_stopped_run_goes_on(latent, tmp_path):
+    """Checkpoints and resume: the same metrics and the same model, bit for bit."""
+    whole = settings(latent, tmp_path / "whole", iterations=3, checkpoint_every=1, lora_rank=2, **PROMPTED)
+    finetune(whole)
+    part = replace(whole, out=tmp_path / "part")
+    training = Training(prepare(part), part, Alone(torch.device("cpu")))
+    part.out.mkdir()
+    write_json(part.out / "config.json", part.identity())
+    row = training.update()
+    (part.out / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    training.save(part.out / "checkpoint.safetensors")
+    finetune(replace(part, resume=True))
+    first, second = (load_file(run.out / "checkpoint.safetensors") for run in (whole, part))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_unconditional_pipelines(pixels, tmp_path):
+    """Pixels and no prompts; an adapter is merged, as there is nothing that loads it; a yardstick where it is asked for."""
+    summary = finetune(settings(pixels, tmp_path / "run", reference_samples=32, reference_steps=4, lora_rank=2, lora_targets=("to_q", "to_k")))
+    assert summary["yardstick"]["ess"] > 1 and np.isfinite(summary["tuned"]["regret"])
+    assert isinstance(UNet2DModel.from_pretrained(tmp_path / "run" / "model" / "unet"), UNet2DModel)
+
+
+def test_yardstick_of_prompts_is_their_average(latent, tmp_path):
+    """J* for each prompt, then the mean: not that of all samples together."""
+    run = settings(latent, tmp_path / "run", reference_samples=40, reference_steps=4, **PROMPTED)
+    task, weight = prepare(run), run.kl_weight
+    r = task.reference_rewards
+    each = [yardstick(r[j::2], weight) for j in range(2)]
+    assert task.yardstick.objective == pytest.approx(np.mean([best.objective for best in each]))
+    assert task.yardstick.mean(r) == pytest.approx(np.mean([best.reward for best in each]))
+    assert task.yardstick.objective != yardstick(r, weight).objective
+
+
+def test_pipelines_that_are_refused(latent, pixels, tmp_path):
+    with pytest.raises(ValueError, match="prompts: expected some for a StableDiffusionPipeline, got 0"):
+        Pretrained.load(str(latent))
+    with pytest.raises(ValueError, match="prompts: expected none for a DDPMPipeline, got 1"):
+        Pretrained.load(str(pixels), ["a"])
+    with pytest.raises(ValueError, match="pipeline: expected a folder or an id of a diffusers pipeline with safetensors, got"):
+        Pretrained.load(str(tmp_path))
+    with pytest.raises(ValueError, match="reward: expected one that needs no classes with a pipeline"):
+        Finetune(pipeline=str(pixels))
+    with pytest.raises(ValueError, match="lora_targets: expected ends of names of the network's layers, got to_x"):
+        finetune(settings(pixels, tmp_path / "run", lora_rank=2, lora_targets=("to_x",)))
+    shutil.copytree(pixels, tmp_path / "pickled")
+    weights = next((tmp_path / "pickled" / "unet").glob("*.safetensors"))
+    torch.save(load_file(weights), weights.with_name("diffusion_pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="pipeline: expected a folder or an id of a diffusers pipeline with safetensors"):
+        Pretrained.load(str(tmp_path / "pickled"))

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2, norm
 
 import ctrl
-from ctrl.torch.yardstick import ideal_frontier, yardstick
+from ctrl.torch.yardstick import average, ideal_frontier, yardstick
 
 MEAN, SD, SLOPE, KL_WEIGHT = 0.4, 0.8, 0.8, 0.7
 EVEN = norm.ppf((np.arange(400_000) + 0.5) / 400_000)  # midpoints of equal probability, in the place of normals
@@ -35,6 +35,21 @@ def test_frontier_has_slope_lambda():
     low, high = ideal_frontier(r, [0.999 * KL_WEIGHT, 1.001 * KL_WEIGHT])
     assert (low.reward - high.reward) / (low.kl - high.kl) == pytest.approx(KL_WEIGHT, rel=1e-5)
     assert (high.objective - low.objective) / (high.kl_weight - low.kl_weight) == pytest.approx(-yardstick(r, KL_WEIGHT).kl, rel=1e-5)
+
+
+def test_average_over_contexts():
+    """Each context's own optimum, then the mean; one of all samples together would also choose the context."""
+    near, far = SLOPE * (MEAN + SD * EVEN), SLOPE * (MEAN + 2 + SD * EVEN)
+    parts = [yardstick(r, KL_WEIGHT) for r in (near, far)]
+    found, r = average(parts), np.stack([near, far], axis=1).ravel()
+    objective, reward, kl = exact(KL_WEIGHT)
+    assert np.allclose((found.objective, found.reward, found.kl), (objective + SLOPE, reward + SLOPE, kl), rtol=2e-4)
+    assert found.mean(r) == pytest.approx(found.reward) and found.ess == parts[0].ess
+    assert found.objective_error == pytest.approx(parts[0].objective_error / 2**0.5, rel=1e-6)
+    assert yardstick(r, KL_WEIGHT).objective > found.objective + 0.1
+    assert average(parts[:1]) is parts[0]
+    with pytest.raises(ValueError, match="parts: expected as many samples of each context, got 400000, 3"):
+        average([parts[0], yardstick(near[:3], KL_WEIGHT)])
 
 
 def test_standard_errors_are_those_of_repetition():

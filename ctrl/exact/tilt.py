@@ -332,6 +332,27 @@ def yardstick(rewards: ArrayLike, kl_weight: float) -> Yardstick:
                      n / float(np.mean(w**2)), w)
 
 
+def average(parts: Sequence[Yardstick]) -> Yardstick:
+    r"""The mean over contexts (prompts, classes) of their yardsticks: every statement holds for each and on average; ess the least.
+
+    weights : of the parts' samples taken in turn, the j-th of the k-th part at j + k m, m the number of parts
+    Source: theory.md, section 1 (context).   Checked: tests/test_torch_yardstick.py::test_average_over_contexts
+    """
+    if len({len(part.weights) for part in parts}) != 1:
+        raise ValueError(f"parts: expected as many samples of each context, got {', '.join(str(len(part.weights)) for part in parts)}")
+    if len(parts) == 1:
+        return parts[0]
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(part, name) for part in parts]))
+
+    def error(name: str) -> float:
+        return float(np.sqrt(np.sum([getattr(part, name) ** 2 for part in parts])) / len(parts))
+
+    return Yardstick(parts[0].kl_weight, mean("objective"), error("objective_error"), mean("reward"), error("reward_error"), mean("kl"),
+                     error("kl_error"), min(part.ess for part in parts), np.stack([part.weights for part in parts], axis=1).ravel())
+
+
 def ideal_frontier(rewards: ArrayLike, kl_weights: Sequence[float]) -> list[Yardstick]:
     r"""The ideal reward-KL frontier: no model at KL* nats has more reward than E*[r]; its slope dE*[r]/dKL* is kl_weight.
 

@@ -200,6 +200,8 @@ def _repeated(context: Any, k: int) -> Any:
         return None
     if isinstance(context, Tensor):
         return context.repeat_interleave(k, dim=0)
+    if hasattr(context, "repeated"):
+        return context.repeated(k)
     return [context[j] for j in range(len(context)) for _ in range(k)]
 
 

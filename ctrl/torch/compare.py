@@ -206,7 +206,7 @@ class Trained(Part):
         share = queries_to_share(rows, SHARE) if rows and "judged_share" in rows[0] else None
         costs = {name: rows[-1][name] if rows else 0 for name in ("queries", "reward_evaluations", "network_evaluations", "seconds")}
         head = {"method": name_of(self.method), "seed": self.seed, "kl_weight": self.kl_weight, "updates": len(rows), "stopped": stopped or lost}
-        return {"rows": rows, "final": {**head, **costs, "queries_to_share": share, "optimum": task.yardstick.objective, **final}}
+        return {"rows": rows, "final": {**head, **costs, "queries_to_share": share, "optimum": optimum(task), **final}}
 
     def _updates(self, training: Training, counted: Counted, bar: bool) -> tuple[list[dict[str, float]], str | None]:
         """Metrics with running totals, up to the last update that is finite; and why there are no more."""
@@ -241,7 +241,14 @@ def judged(task: Task, training: Training, settings: Settings, rows: Sequence[di
     except FloatingPointError as error:
         last = rows[-1] if rows else {}
         row = {name: last[name] for name in ("reward", "objective", "kl_mean", "kl_median", "kl_max", "judged_share") if name in last}
-        return row | ({"regret": task.yardstick.objective - row["objective"]} if row else {}), f"final evaluation: {error}"
+        return row | ({"regret": optimum(task) - row["objective"]} if row else {}), f"final evaluation: {error}"
+
+
+def optimum(task: Task) -> float:
+    """J*, against which all methods are held."""
+    if task.yardstick is None:
+        raise ValueError("reference_samples: expected at least 2 for a comparison by regret, got 0")
+    return task.yardstick.objective
 
 
 def finite(row: dict[str, float]) -> dict[str, float]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from hashlib import sha256
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,11 +28,12 @@ from torch import Tensor, nn
 
 from ctrl import check
 from ctrl.files import environment, writable, write_json
-from ctrl.torch.chain import Run, sample, simulate
+from ctrl.torch.chain import Run, rows, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
+from ctrl.torch.pipelines import DiffusersUNet, save_tuned
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
 from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
-from ctrl.torch.task import Settings, Task, evaluate, outline, prepare, progress, save_atomically
+from ctrl.torch.task import Settings, Task, digest, evaluate, outline, prepare, progress, save_atomically
 from ctrl.torch.value import Ansatz, PlainValue, Value, martingale_loss
 
 WARM_UP = 10  # updates over which the step size grows
@@ -98,7 +98,7 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.policy, pretrained = trainable_copy(task.base, settings.lora_rank, settings.lora_targets)
-            core = ConvValueNetwork(task.images.shape) if isinstance(task.base.network, UNetDenoiser) else ValueNetwork(task.images.shape)
+            core = (ConvValueNetwork if isinstance(task.base.network, UNetDenoiser | DiffusersUNet) else ValueNetwork)(task.problem.shape)
         self.problem = replace(task.problem, pretrained=pretrained)
         self.policy.to(accelerator.device)
         self.average = copy.deepcopy(self.policy)
@@ -132,15 +132,17 @@ class Training:
 
     def _sample(self, k: int) -> Run:
         rank, world, n = self.accelerator.process_index, self.accelerator.num_processes, self.settings.paths
-        noise = self.settings.noise(k, n)[rank * n // world : (rank + 1) * n // world]
-        run = sample(self.problem, self.policy, self.grid, noise, joined=self.accelerator.gather)
+        part = slice(rank * n // world, (rank + 1) * n // world)
+        noise, context = self.settings.noise(k, n)[part], rows(self.task.context(n), part)
+        run = sample(self.problem, self.policy, self.grid, noise, context, joined=self.accelerator.gather)
         return replace(run, at_once=self.settings.at_once)
 
     def sound(self) -> bool:
         """Whether the policy's images and KL are finite, whatever the reward says of them: a state that diverged replaces no good one."""
         unrewarded = replace(self.problem, reward=lambda x, context: 0 * x.flatten(1).sum(1))  # NaN where a pixel is not finite
         try:
-            paths = simulate(unrewarded, self.policy, self.grid, self.settings.noise(self.iteration, self.settings.paths))
+            paths = simulate(unrewarded, self.policy, self.grid, self.settings.noise(self.iteration, self.settings.paths),
+                             self.task.context(self.settings.paths))
         except FloatingPointError:
             return False
         return bool(paths.penalty.isfinite().all())
@@ -229,11 +231,6 @@ def _finite(numbers: dict[str, float]) -> dict[str, float]:
         if not isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
     return numbers
-
-
-def digest(module: nn.Module) -> str:
-    """A name for a module's numbers."""
-    return sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in module.state_dict().values())).hexdigest()[:16]
 
 
 def _kept(policy: Policy) -> set[str]:
@@ -376,8 +373,7 @@ class RunFolder:
         summary["pretrained"] = _finite(evaluate(task, task.base, task.base, settings))
         if settings.eta > 0:
             summary["tuned_ode"] = _finite(evaluate(task, policy, task.base, settings, eta=0.0))
-        if settings.kl_weight > 0:
-            best = task.yardstick
+        if (best := task.yardstick) is not None:
             summary["yardstick"] = {name: getattr(best, name) for name in ("objective", "objective_error", "reward", "kl", "ess")}
             judged = task.judged(task.reference)
             if judged is not None:
@@ -404,7 +400,10 @@ def queries_to_share(rows: list[dict[str, float]], share: float, over: int = 500
 
 
 def save_policy(policy: NetworkPolicy, base: NetworkPolicy, folder: Path) -> None:
-    """The network as safetensors with its config: a denoiser, or a LoRA adapter with its base model in base/."""
+    """The network as safetensors with its config: a denoiser, or a LoRA adapter with its base model in base/; of a pipeline what diffusers loads."""
+    if isinstance(base.network, DiffusersUNet):
+        save_tuned(policy.network, folder)
+        return
     if isinstance(policy.network, Denoiser):
         save_denoiser(policy.network, folder)
         return

@@ -28,7 +28,7 @@ def before_and_after(task: Task, policy: Policy, pretrained: Policy, settings: S
     """
     grid, noise = sampling_grid(task.problem.schedule, settings.steps), settings.noise(PICTURES, 64)
     sets = [("pre-trained", "before", pretrained), ("fine-tuned", "after", policy)]
-    tiles = [(title, name, tile(simulate(task.problem, model, grid, noise).terminal)) for title, name, model in sets]
+    tiles = [(title, name, tile(task.decode(simulate(task.problem, model, grid, noise, task.context(64)).terminal))) for title, name, model in sets]
     for _, name, picture in tiles:
         plt.imsave(out / f"{name}.png", _enlarged(picture), cmap="gray", vmin=0, vmax=1)
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.8), layout="constrained")

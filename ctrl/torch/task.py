@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from inspect import getdoc
@@ -18,7 +18,7 @@ import torch
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctrl import check
@@ -27,12 +27,13 @@ from ctrl.noise import Noise
 from ctrl.schedule import VP
 from ctrl.torch import images as data
 from ctrl.torch import methods, rewards
-from ctrl.torch.chain import Problem, simulate
+from ctrl.torch.chain import Problem, rows, simulate
 from ctrl.torch.classifiers import Classifier, ConvClassifier, MLPClassifier, train_classifier
 from ctrl.torch.networks import Denoiser
+from ctrl.torch.pipelines import Decoded, OfImages, Pretrained, Prompts, prompts_of
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean
 from ctrl.torch.pretrain import Pretraining, pretrain, sampling_grid
-from ctrl.torch.yardstick import Yardstick, yardstick
+from ctrl.torch.yardstick import Yardstick, average, yardstick
 
 SCHEDULE = VP()
 EVALUATION, PRETRAINED, PICTURES = 2**31, 2**31 + 1, 2**31 + 2  # noise streams beside those of the updates, 0 ... 2^31 - 1
@@ -87,6 +88,14 @@ class Settings:
     """scikit-learn's digits, IDX files, or any folder of images (the last two in --data-dir)."""
     data_dir: Path | None = None
     """Where the data are."""
+    pipeline: str | None = None
+    """A pipeline of diffusers (folder or hub id) in the place of data and pre-training: DDPM, DDIM or Stable Diffusion."""
+    prompts: tuple[str, ...] = ()
+    """What is asked of a pipeline with prompts: prompts, or a file with one a line; paths take them in turn."""
+    prompt_template: str = "{}"
+    """What each prompt is put into."""
+    guidance: float = 1.0
+    """Classifier-free guidance, as part of the action that is trained and sampled; 1: none."""
     image_size: int = 32
     """Side of the images of a folder, pixels."""
     kl_weight: float = 0.5
@@ -118,7 +127,7 @@ class Settings:
     samples: int = 2000
     """Images of the final evaluation."""
     reference_samples: int = 20_000
-    """Images of the pre-trained model behind the yardstick J*."""
+    """Images of the pre-trained model behind the yardstick J*; 0 for no yardstick, as for models that take long to sample."""
     reference_steps: int = 100
     """Sampler steps of these."""
     seed: int = 0
@@ -133,8 +142,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "paths", "iterations", "reference_steps", "image_size", "at_once"):
             check.integer(name, getattr(self, name), at_least=1)
-        for name in ("samples", "reference_samples"):  # fewer have no standard error
-            check.integer(name, getattr(self, name), at_least=2)
+        check.integer("samples", self.samples, at_least=2)  # fewer have no standard error
+        if check.integer("reference_samples", self.reference_samples, at_least=0) == 1:
+            raise ValueError("reference_samples: expected none, or at least 2 for a standard error, got 1")
         for name in ("epochs", "value_updates"):
             check.integer(f"method.{name}", getattr(self.method, name), at_least=1)
         for name in ("learning_rate", "value_learning_rate"):
@@ -149,6 +159,10 @@ class Settings:
             check.integer("threads", self.threads, at_least=1)
         if not 0 <= check.number("average", self.average) < 1:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average:g}")
+        if self.pipeline is not None and isinstance(self.reward, ClassReward):
+            raise ValueError("reward: expected one that needs no classes with a pipeline (brightness, compressibility, user ...), got class")
+        if self.pipeline is None and (self.prompts or self.guidance != 1):
+            raise ValueError("pipeline: expected one for prompts or guidance, got None")
         if (self.data == "digits") != (self.data_dir is None):
             wanted = "none" if self.data == "digits" else "a folder"
             raise ValueError(f"data_dir: expected {wanted} with data = {self.data}, got {self.data_dir}")
@@ -156,7 +170,7 @@ class Settings:
     def made_quick(self) -> Self:
         """Smaller in everything, on one thread unless told; nothing that comes out means anything."""
         return replace(self, iterations=min(self.iterations, 4), paths=min(self.paths, 16), steps=min(self.steps, 8), samples=64,
-                       reference_samples=256, reference_steps=10, threads=self.threads or 1,
+                       reference_samples=min(self.reference_samples, 256), reference_steps=10, threads=self.threads or 1,
                        pretraining=replace(self.pretraining, iterations=60, batch=128, width=64))
 
     def noise(self, stream: int, paths: int) -> Noise:
@@ -179,15 +193,22 @@ class Task:
     r"""What fine-tuning starts from: the pre-trained model, the reward, the judge, and the yardstick.
 
     problem : its `pretrained` is the base model      judged : images -> (n,) bool, or None where the reward has no classes
-    reference : samples of the base model on a fine grid, behind J*
+    reference : samples of the base model on a fine grid, behind J*; none for no yardstick
+    images : the data, None of a pipeline      prompts : of a pipeline that has some      decode : states to images, for the reward and pictures
     """
 
-    images: data.Images
+    images: data.Images | None
     problem: Problem
     base: NetworkPolicy
     judge: Classifier | None
     label: int | None
     reference: Tensor
+    prompts: Prompts | None = None
+    decode: Decoded = field(default_factory=Decoded)
+
+    def context(self, paths: int) -> Prompts | None:
+        """The prompts of so many paths, in turn."""
+        return None if self.prompts is None else self.prompts.cycled(paths)
 
     def judged(self, images: Tensor) -> Tensor | None:
         """Whether the judge sees the wanted class, (n,), bool."""
@@ -200,16 +221,23 @@ class Task:
     def reference_rewards(self) -> np.ndarray:
         """Rewards of the reference samples, (n,)."""
         with torch.no_grad():
-            parts = [self.problem.rewards(part) for part in self.reference.split(2000)]
+            asked = self.context(len(self.reference))
+            parts = [self.problem.rewards(self.reference[a : a + 2000], rows(asked, slice(a, a + 2000))) for a in range(0, len(self.reference), 2000)]
         return torch.cat(parts).double().cpu().numpy()
 
     @cached_property
-    def yardstick(self) -> Yardstick:
-        return yardstick(self.reference_rewards, self.problem.kl_weight)
+    def yardstick(self) -> Yardstick | None:
+        """J* and what belongs to it, of each prompt and then on average; None without a price of the KL or without reference samples."""
+        if self.problem.kl_weight == 0 or len(self.reference) == 0:
+            return None
+        each = 1 if self.prompts is None else len(self.prompts)
+        return average([yardstick(self.reference_rewards[j::each], self.problem.kl_weight) for j in range(each)])
 
 
 def outline(settings: Settings, device: torch.device | str = "cpu") -> Task:
     """The task with an untrained model at the data's mean and without reference samples: made in seconds, to try an update on."""
+    if settings.pipeline is not None:
+        return _of_pipeline(settings, device)
     images = _images(settings)
     reward, judge, label = _reward(settings, images, _Cache.of(settings, images))
     network = settings.pretraining.network(images)
@@ -222,10 +250,35 @@ def outline(settings: Settings, device: torch.device | str = "cpu") -> Task:
 def prepare(settings: Settings, device: torch.device | str = "cpu", outlined: Task | None = None) -> Task:
     """Data, networks and reference samples, from the cache where they are there; `outlined` saves reading the data again."""
     task = outlined or outline(settings, device)
+    if task.images is None:
+        return replace(task, reference=_Cache.named(settings, digest(task.base)).reference(task, settings).to(device))
     store = _Cache.of(settings, task.images)
     base = _policy(store.denoiser(task.images, settings, device), settings, device)
-    reference = store.reference(task.problem, base, settings).to(device)
-    return replace(task, problem=replace(task.problem, pretrained=base), base=base, reference=reference)
+    task = replace(task, problem=replace(task.problem, pretrained=base), base=base)
+    return replace(task, reference=store.reference(task, settings).to(device))
+
+
+def _of_pipeline(settings: Settings, device: torch.device | str) -> Task:
+    """The task of a pipeline: its model, its space, its prompts; the reward sees images."""
+    assert settings.pipeline is not None
+    autocast = torch.bfloat16 if settings.precision == "bf16" else None
+    found = Pretrained.load(settings.pipeline, prompts_of(settings.prompts, settings.prompt_template), settings.guidance, autocast, device)
+    reward = OfImages(_unlabelled(settings.reward), found.decode)
+    problem = Problem(found.schedule, found.base, reward, found.shape, settings.kl_weight, settings.eta)
+    return Task(None, problem, found.base, None, None, torch.empty(0, *found.shape), found.prompts, found.decode)
+
+
+def _unlabelled(chosen: RewardChoice) -> rewards.ImageReward:
+    """A reward that needs no data."""
+    if isinstance(chosen, UserReward):
+        return rewards.CallableImageReward(user_object("reward", chosen.function)[1], chosen.differentiable)
+    assert not isinstance(chosen, ClassReward)
+    return chosen
+
+
+def digest(module: nn.Module) -> str:
+    """A name for a module's numbers."""
+    return sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in module.state_dict().values())).hexdigest()[:16]
 
 
 def _policy(network: Denoiser, settings: Settings, device: torch.device | str) -> NetworkPolicy:
@@ -244,11 +297,8 @@ def _fingerprint(images: data.Images) -> str:
 
 def _reward(settings: Settings, images: data.Images, store: _Cache) -> tuple[rewards.ImageReward, Classifier | None, int | None]:
     chosen = settings.reward
-    if isinstance(chosen, UserReward):
-        function = user_object("reward", chosen.function)[1]
-        return rewards.CallableImageReward(function, chosen.differentiable), None, None
     if not isinstance(chosen, ClassReward):
-        return chosen, None, None
+        return _unlabelled(chosen), None, None
     if images.labels is None:
         raise ValueError(f"reward: expected data with classes for a class reward, got {images.name}, which has none")
     if not 0 <= chosen.label < images.classes:
@@ -266,11 +316,16 @@ class _Cache:
 
     @classmethod
     def of(cls, settings: Settings, images: data.Images) -> _Cache:
+        return cls.named(settings, _fingerprint(images))
+
+    @classmethod
+    def named(cls, settings: Settings, source: str) -> _Cache:
+        """Of data, or of a model."""
         try:
             folder = writable(settings.cache.expanduser())
         except ValueError as error:
             raise ValueError(str(error).replace("out:", "cache:", 1)) from None
-        return cls(folder, {"data": _fingerprint(images), "seed": settings.seed, "torch": torch.__version__})
+        return cls(folder, {"data": source, "seed": settings.seed, "torch": torch.__version__})
 
     def path(self, name: str, **key: Any) -> Path:
         digest = sha256(json.dumps({**self.key, **key}, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -307,19 +362,23 @@ class _Cache:
             out.append(network.eval().requires_grad_(False))
         return out[0], out[1]
 
-    def reference(self, problem: Problem, base: NetworkPolicy, settings: Settings) -> Tensor:
+    def reference(self, task: Task, settings: Settings) -> Tensor:
+        problem, base = task.problem, task.base
+        if settings.reference_samples == 0:
+            return torch.empty(0, *problem.shape)
         grid = sampling_grid(problem.schedule, settings.reference_steps)
-        path = self.path("reference", pretraining=asdict(settings.pretraining), n=settings.reference_samples, times=grid.times.tolist())
+        path = self.path("reference", pretraining=asdict(settings.pretraining), n=settings.reference_samples, times=grid.times.tolist(),
+                         **({} if task.prompts is None else {"prompts": task.prompts.texts, "guidance": settings.guidance}))
 
         def make() -> dict[str, Tensor]:
             # Memoryless whatever the fine-tuning's eta, in full precision whatever its own: J* belongs to the data's own tilt.
             exact = NetworkPolicy(base.network, base.prediction)
             unrewarded = replace(problem, pretrained=exact, eta=1.0, reward=lambda x, context: x.flatten(1).sum(1))
-            noise, parts = settings.noise(PRETRAINED, settings.reference_samples), []
+            noise, parts, asked = settings.noise(PRETRAINED, settings.reference_samples), [], task.context(settings.reference_samples)
             with progress("sampling the pre-trained model", settings.reference_samples) as step:
                 for first in range(0, settings.reference_samples, 1000):
-                    part = noise[first : first + 1000]
-                    parts.append(simulate(unrewarded, exact, grid, part).terminal.cpu())
+                    part, context = noise[first : first + 1000], rows(asked, slice(first, first + 1000))
+                    parts.append(simulate(unrewarded, exact, grid, part, context).terminal.cpu())
                     step(part.paths)
             return {"images": torch.cat(parts)}
 
@@ -360,12 +419,13 @@ def evaluate(task: Task, policy: Policy, pretrained: Policy, settings: Settings,
     Source: theory.md, sections 9, 11 and 12.   Checked: tests/test_torch_finetune.py::test_evaluation_of_the_pretrained_model
     """
     problem = replace(task.problem, pretrained=pretrained, eta=settings.eta if eta is None else eta)
-    paths = simulate(problem, policy, sampling_grid(problem.schedule, steps or settings.steps), settings.noise(EVALUATION, settings.samples))
+    paths = simulate(problem, policy, sampling_grid(problem.schedule, steps or settings.steps), settings.noise(EVALUATION, settings.samples),
+                     task.context(settings.samples))
     n, j = settings.samples, float(paths.objective.mean())
     row = {"reward": float(paths.reward.mean()), "objective": j, "objective_error": float(paths.objective.std()) / n**0.5,
            "kl_mean": float(paths.penalty.mean()), "kl_median": float(paths.penalty.median()), "kl_max": float(paths.penalty.max())}
-    if settings.kl_weight > 0:
-        row |= {"regret": task.yardstick.objective - j, "regret_error": float(np.hypot(task.yardstick.objective_error, row["objective_error"]))}
+    if (best := task.yardstick) is not None:
+        row |= {"regret": best.objective - j, "regret_error": float(np.hypot(best.objective_error, row["objective_error"]))}
     judged = task.judged(paths.terminal)
     if judged is not None:
         row |= {"judged_share": float(judged.float().mean()), "pair_distance": pair_distance(paths.terminal[judged])}
