@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,22 +238,37 @@ def test_a_clip_is_a_function_of_d_times_the_update_squared():
 # ---------------------------------------------------------------------------------------------------- the study
 
 
-def test_rows_are_reproducible_and_kept(tmp_path, capsys):
-    """A second call computes what is missing alone, and the same numbers; the files are there."""
-    plan = peers.Study(out=tmp_path, steps=(5, 8), dims=(1, 64))
-    rows = peers.main(plan)
-    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
-    assert len(rows) == len(parts) == len(FORMULAS) * 4 * 2 * 2
-    gone = tmp_path / "parts" / "Folded-eta0.5-uneven-N8-d64.json"
+PLAN = peers.Study(steps=(5, 8), dims=(1, 64))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The command on two spawned processes: its folder, and what it prints."""
+    out = tmp_path_factory.mktemp("peers")
+    command = [sys.executable, "-m", "analysis.peer_formulas", "--out", str(out), "--steps", "5", "8", "--dims", "1", "64", "--workers", "2"]
+    return out, subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(peers.__file__).parent.parent).stdout
+
+
+def test_rows_are_those_of_this_process_and_kept(run):
+    """Bit for bit, in the order of the jobs; a second call computes what is missing alone, and gets the same numbers."""
+    parts, jobs = run[0] / "parts", PLAN.jobs()
+    assert {path.stem: json.loads(path.read_text()) for path in parts.iterdir()} == {name: compute(job) for name, job in jobs.items()}
+    stamps = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert len(stamps) == len(FORMULAS) * 4 * 2 * 2
+    gone = parts / "Folded-eta0.5-uneven-N8-d64.json"
     before = gone.read_text()
     gone.unlink()
-    again = pd.DataFrame(sweep(compute, plan.jobs(), folder=tmp_path / "parts"))
-    assert again.equals(rows) and gone.read_text() == before
-    assert {path: path.stat().st_mtime_ns for path in parts if path != gone} == {p: t for p, t in parts.items() if p != gone}
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "rows.csv"), rows)
-    assert (tmp_path / "figure.png").stat().st_size > 100_000
-    said = capsys.readouterr().out
-    assert all(form.name in said and form.hidden in said for form in FORMULAS.values())
+    again = pd.DataFrame(sweep(compute, jobs, folder=parts))
+    assert gone.read_text() == before and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != gone)
+    pd.testing.assert_frame_equal(pd.read_csv(run[0] / "rows.csv"), again, rtol=1e-14)
+
+
+def test_the_command_writes_and_prints_its_table(run):
+    out, said = run
+    assert said == (out / "table.txt").read_text() == peers.text(peers.table(pd.DataFrame(map(compute, PLAN.jobs().values()))))
+    assert all(form.name in said and form.hidden in said and form.met in said for form in FORMULAS.values())
+    assert (out / "figure.png").stat().st_size > 100_000 and (out / "env.json").exists()
+    assert len(peers.Study(quick=True).sized().jobs()) < len(peers.Study().jobs()) / 4
 
 
 def test_the_committed_rows_are_those_of_the_code():
@@ -264,7 +282,3 @@ def test_the_committed_rows_are_those_of_the_code():
             value = getattr(kept, name)
             assert (found[name] is None) == bool(np.isnan(value))
             assert found[name] is None or found[name] == pytest.approx(value, rel=1e-6, abs=1e-11)
-
-
-def test_quick_is_smaller():
-    assert len(peers.Study(quick=True).sized().jobs()) < len(peers.Study().jobs()) / 4
