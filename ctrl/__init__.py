@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Gaussian": "laws", "GaussianMixture": "laws",
-    "VP": "schedule", "VE": "schedule", "SubVP": "schedule", "OU": "schedule", "DiscreteVP": "schedule", "TimeGrid": "schedule",
+    "VP": "schedule", "VE": "schedule", "SubVP": "schedule", "OU": "schedule", "FlowMatching": "schedule", "DiscreteVP": "schedule",
+    "TimeGrid": "schedule",
     "QuadraticReward": "reward", "LinearReward": "reward", "BumpReward": "reward", "LogDensityReward": "reward",
     "ClassLogPosteriorReward": "reward", "CallableReward": "reward",
     "AffinePolicy": "policy", "BasisPolicy": "policy", "MixturePolicy": "policy", "CallablePolicy": "policy",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from ctrl.schedule import VE as VE
     from ctrl.schedule import VP as VP
     from ctrl.schedule import DiscreteVP as DiscreteVP
+    from ctrl.schedule import FlowMatching as FlowMatching
     from ctrl.schedule import SubVP as SubVP
     from ctrl.schedule import TimeGrid as TimeGrid
     from ctrl.storage import load as load

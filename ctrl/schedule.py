@@ -266,6 +266,53 @@ class VE(Schedule):
         return TimeGrid(np.concatenate([[0.0], [self.t(x) for x in tau[1:]], [self.horizon]]))
 
 
+@dataclass(frozen=True)
+class FlowMatching(Schedule):
+    r"""Straight paths from data to noise (rectified flow): Y_tau = (1 - tau) Y_0 + tau eps, with tau the models' sigma.
+
+        alpha = 1 - tau,   v = tau^2,   f = -1/(1 - tau),   g^2 = 2 tau/(1 - tau);      the start law "prior" is N(0, v(T) I)
+
+    horizon T < 1: at tau = 1 nothing is left of the data, f and g are infinite, and only eta = 0, the flow itself, would have a limit. An Euler
+    step at eta > 0 is stable while D < 2 (1 - tau)/eta^2: `grid` begins with steps in proportion to 1 - tau.
+    Source: Lipman et al. (2210.02747); Liu et al. (2209.03003); Esser et al. (2403.03206).
+    Checked: tests/test_schedule.py::test_closed_forms_solve_their_odes
+    """
+
+    horizon: float = 0.98
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "horizon", check.number("horizon", self.horizon, above=0))
+        if self.horizon >= 1:
+            raise ValueError(f"horizon: expected less than 1, where the noise would be infinite, got {self.horizon:g}")
+
+    @property
+    def prior_variance(self) -> float:
+        return self.v(self.horizon)
+
+    def f(self, tau: float) -> float:
+        return -1 / (1 - tau)
+
+    def g2(self, tau: float) -> float:
+        return 2 * tau / (1 - tau)
+
+    def alpha(self, tau: float) -> float:
+        return 1 - tau
+
+    def v(self, tau: float) -> float:
+        return tau**2
+
+    def grid(self, steps: int, last: float = 1e-3) -> TimeGrid:
+        r"""Equal steps of log(tau/(1 - tau)), half the log of the noise-to-signal ratio, from the horizon to `last`.
+
+        Source: Esser et al. (2403.03206), section 3.   Checked: tests/test_schedule.py::test_flow_grid
+        """
+        steps, last = check.integer("steps", steps, at_least=1), check.number("last", last, above=0)
+        if last >= self.horizon:
+            raise ValueError(f"last: expected less than the horizon {self.horizon:g}, got {last:g}")
+        logit = np.linspace(*(np.log(x / (1 - x)) for x in (self.horizon, last)), steps + 1)
+        return TimeGrid(np.concatenate([[0.0], [self.t(tau) for tau in 1 / (1 + np.exp(-logit[1:]))]]))
+
+
 class _Nodes(NamedTuple):
     """B and beta = dB/dtau at the nodes, (K + 1,), and B's slope over each cell, (K,)."""
 

@@ -23,7 +23,7 @@ from ctrl.problem import Problem
 FORMAT = "ctrl-1"
 
 STORABLE = (
-    Problem, Gaussian, GaussianMixture, S.VP, S.VE, S.SubVP, S.OU, S.DiscreteVP, S.TimeGrid,
+    Problem, Gaussian, GaussianMixture, S.VP, S.VE, S.SubVP, S.OU, S.FlowMatching, S.DiscreteVP, S.TimeGrid,
     R.QuadraticReward, R.LinearReward, R.BumpReward, R.LogDensityReward, R.ClassLogPosteriorReward,
     P.AffinePolicy, P.BasisPolicy, P.MixturePolicy, P.Monomials, P.TimeBins, P.FunctionBasis, P.ShiftBasis, P.ScaleBasis)
 

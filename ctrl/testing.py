@@ -32,7 +32,7 @@ from ctrl.noise import Noise, NoiseLike
 from ctrl.policy import AffinePolicy, BasisPolicy, MixturePolicy, Monomials, Policy, TimeBins
 from ctrl.problem import Problem
 from ctrl.reward import BumpReward, LinearReward, LogDensityReward, QuadraticReward, Reward
-from ctrl.schedule import OU, VE, VP, Schedule, SubVP, TimeGrid
+from ctrl.schedule import OU, VE, VP, FlowMatching, Schedule, SubVP, TimeGrid
 
 MAX_PATTERNS = 2**18
 ETAS = (0.3, 0.7, 1.0, 1.4, 2.0)
@@ -237,10 +237,11 @@ def mixtures(draw: st.DrawFn, dim: int, max_components: int = 3) -> GaussianMixt
 
 
 def schedules() -> st.SearchStrategy[Schedule]:
-    """VP, sub-VP, OU and VE with moderate rates, horizons in [0.5, 1.5]."""
+    """VP, sub-VP, OU and VE with moderate rates, horizons in [0.5, 1.5]; straight paths up to tau = .5 ... .9."""
     low, high, horizon = reals(0.1, 1.0), reals(1.0, 4.0), reals(0.5, 1.5)
     return st.one_of(st.builds(VP, low, high, horizon), st.builds(SubVP, low, high, horizon),
-                     st.builds(OU, reals(0.5, 3.0), horizon), st.builds(VE, reals(0.1, 0.5), reals(1.0, 2.0), horizon))
+                     st.builds(OU, reals(0.5, 3.0), horizon), st.builds(VE, reals(0.1, 0.5), reals(1.0, 2.0), horizon),
+                     st.builds(FlowMatching, reals(0.5, 0.9)))
 
 
 @st.composite

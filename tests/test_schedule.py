@@ -10,11 +10,11 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicSpline
 
-from ctrl import OU, VE, VP, DiscreteVP, Gaussian, LinearReward, Problem, SubVP, TimeGrid, exact
+from ctrl import OU, VE, VP, DiscreteVP, FlowMatching, Gaussian, LinearReward, Problem, SubVP, TimeGrid, exact
 
 SCHEDULES = [
     VP(0.1, 10.0, 1.0), VP(0.3, 4.0, 2.5), VP(5.0, 0.5, 0.7), SubVP(0.1, 10.0, 1.0), SubVP(0.2, 3.0, 3.0),
-    OU(1.0, 1.0), OU(2.5, 3.0), VE(0.01, 10.0, 1.0), VE(0.2, 5.0, 2.0),
+    OU(1.0, 1.0), OU(2.5, 3.0), VE(0.01, 10.0, 1.0), VE(0.2, 5.0, 2.0), FlowMatching(0.9),
     DiscreteVP([0.3, 0.05, 0.7, 0.01, 0.2], 2.0), DiscreteVP.linear(30, 0.01, 0.3), DiscreteVP.squaredcos(20, 0.7)]
 DIFFUSERS = {"linear": DiscreteVP.linear(), "scaled_linear": DiscreteVP.scaled_linear(), "squaredcos_cap_v2": DiscreteVP.squaredcos()}
 
@@ -74,6 +74,33 @@ def test_planted_schedules_break_their_odes(planted):
     assert ode_gap(planted) > 1e-2
 
 
+def test_flow_grid():
+    """Equal steps of the log noise-to-signal ratio; the first is stable at every eta <= 1, where one of a uniform grid would not be."""
+    flow = FlowMatching(0.98)
+    grid = flow.grid(40)
+    tau = np.array([flow.tau(t) for t in grid.times])
+    ratio = 0.5 * np.log([flow.v(x) / flow.alpha(x) ** 2 for x in tau])
+    np.testing.assert_allclose(np.diff(ratio), np.diff(ratio)[0], rtol=1e-9)
+    assert tau[0] == 0.98 and tau[-1] == pytest.approx(1e-3) and np.all(grid.dt < 2 * (1 - tau[:-1]))
+    assert 0.98 / 20 > 2 * 0.02
+
+
+def test_the_flow_is_the_velocity_field():
+    """eta = 0 with the score of the data moves along E[eps - Y_0 | Y_tau]; at every eta the chain's law tends to that of the data."""
+    law, flow = Gaussian([0.5], [[0.3]]), FlowMatching(0.9)
+    for tau in (0.1, 0.5, 0.9):
+        x = np.array([[0.7], [-1.0]])
+        f, _, h, _ = flow.rates(flow.t(tau), 0.0)
+        score = law.noised(flow.alpha(tau), flow.v(tau)).score(x)
+        clean = (x + flow.v(tau) * score) / flow.alpha(tau)
+        np.testing.assert_allclose(f * x - h * score, (x - flow.alpha(tau) * clean) / tau - clean, rtol=1e-12)
+    for eta in (0.0, 0.7, 1.0):
+        problem = Problem(flow, law, LinearReward([1.0]), 0.5, eta, start="exact")
+        there = law.noised(flow.alpha(1e-3), flow.v(1e-3)).cov[0, 0]
+        gaps = [abs(exact.evaluate(problem, problem.pretrained(grid), grid).terminal.cov[0, 0] - there) for grid in map(flow.grid, (1600, 3200))]
+        assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.05), eta
+
+
 def test_closed_identities():
     for s in SCHEDULES:
         for tau in np.linspace(0, s.horizon, 7):
@@ -81,6 +108,8 @@ def test_closed_identities():
                 assert s.v(tau) == pytest.approx((1 - s.alpha(tau) ** 2) ** 2, rel=1e-12, abs=1e-15)
             elif isinstance(s, VE):
                 assert s.alpha(tau) == 1
+            elif isinstance(s, FlowMatching):
+                assert s.v(tau) ** 0.5 + s.alpha(tau) == pytest.approx(1, rel=1e-14)
             else:
                 assert s.v(tau) + s.alpha(tau) ** 2 == pytest.approx(1, rel=1e-14)
     ve = VE(0.01, 10.0)
@@ -309,6 +338,8 @@ BAD = [
     ("horizon", lambda: SubVP(horizon=0.0)),
     ("beta", lambda: OU(beta=0.0)),
     ("horizon", lambda: OU(horizon=np.inf)),
+    ("horizon", lambda: FlowMatching(1.0)),
+    ("last", lambda: FlowMatching(0.9).grid(3, last=0.95)),
     ("sigma_min", lambda: VE(sigma_min=0.0)),
     ("sigma_max", lambda: VE(sigma_min=2.0, sigma_max=1.0)),
     ("horizon", lambda: VE(horizon=-1.0)),

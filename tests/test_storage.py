@@ -24,6 +24,7 @@ def things():
     W, w = rng.normal(size=(3, 2, 2)), rng.normal(size=(3, 2))
     return [
         one, two, ctrl.Problem(ctrl.VE(), m, ctrl.BumpReward([0, 1], 0.5), 0.2),
+        ctrl.Problem(ctrl.FlowMatching(0.7), g, ctrl.LinearReward([1, 2]), 1),
         ctrl.Problem(ctrl.OU(2.0), g, ctrl.LinearReward([1, 2]), 1),
         ctrl.Problem(ctrl.OU(), g, ctrl.LogDensityReward(m), 1), ctrl.TimeGrid([0, 0.1, 1 / 3]),
         ctrl.Problem(ctrl.DiscreteVP([1e-4, 1 / 3, 0.9], 1.5), g, quadratic, 0.5),
