@@ -60,6 +60,13 @@ class Gaussian:
         return np.linalg.inv(self.cov)
 
     @cached_property
+    def affine_score(self) -> tuple[Array, Array]:
+        """K = -C^{-1} (d, d) and k = C^{-1} m (d,), read-only: score(x) = K x + k."""
+        K, k = -self.precision, self.precision @ self.mean
+        K.flags.writeable = k.flags.writeable = False
+        return K, k
+
+    @cached_property
     def log_normaliser(self) -> float:
         """log p at the mean: -1/2 log det(2 pi C), nats."""
         return -0.5 * (self.dim * LOG_2PI + float(np.linalg.slogdet(self.cov)[1]))

@@ -79,7 +79,7 @@ class Problem:
         law = self.marginal(t)
         if not isinstance(law, Gaussian):
             raise ValueError("problem: expected Gaussian data (an affine score), got a mixture")
-        return -law.precision, law.precision @ law.mean
+        return law.affine_score
 
     def pretrained(self, grid: TimeGrid) -> AffinePolicy | MixturePolicy:
         """The pre-trained policy mu = s: affine per step for Gaussian data, the data's own mixture otherwise."""

@@ -160,7 +160,9 @@ class _Chain:
             words, given = Words(np.uint64(noise.seed), np.uint64(noise.first), int(noise.antithetic)), Given(none, none)
         else:
             assert xi is not None
-            words, given = Words(np.uint64(0), np.uint64(0), 0), Given(xi, none if z is None else z)
+            # Views and read-only arrays are other types, for each of which the whole kernel would be compiled.
+            given = Given(np.require(xi, requirements="CW"), none if z is None else np.require(z, requirements="CW"))
+            words = Words(np.uint64(0), np.uint64(0), 0)
 
         def piece(begin: int, end: int) -> None:
             run(begin, end, x, words, given, motion, exploration, cost, scores, self.own, wanted, sums, states, samples)

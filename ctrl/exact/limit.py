@@ -161,13 +161,13 @@ def _checked(problem: Problem, policy: Policy) -> _Flow:
     return flow
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _flow(problem: Problem, policy: ContinuousPolicy) -> _Flow:
     """Cached by identity, so that a law asked for at many times is integrated once."""
     return _Flow(problem, policy)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _pretrained(problem: Problem) -> _Flow:
     return _Flow(problem, BasisPolicy.shift(problem, np.zeros(problem.dim)))
 

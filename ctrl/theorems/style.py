@@ -60,5 +60,10 @@ def png(figure: Figure) -> bytes:
 
     buffer = BytesIO()
     with matplotlib.rc_context(RC):
+        # Laid out here, as savefig would draw everything once more to do so.
+        figure.set_dpi(RC["savefig.dpi"])
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+            figure.set_layout_engine("none")
         figure.savefig(buffer, format="png")
     return buffer.getvalue()

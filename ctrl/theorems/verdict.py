@@ -102,10 +102,17 @@ class Case:
     own: bool = False  # a user's problem: what cannot be seen on it is skipped, where the zoo must show it
 
     def at(self, eta: float, **changes: Any) -> Case:
-        """The same case at another eta (and other fields of the problem); itself, with what it has computed, when nothing changes."""
+        """The same case at another eta (and other fields of the problem); one object, with what it has computed, for equal changes."""
         if eta == self.problem.eta and not changes:
             return self
-        return replace(self, problem=replace(self.problem, eta=eta, **changes))
+        key = eta, *changes.items()
+        if key not in self._others:
+            self._others[key] = replace(self, problem=replace(self.problem, eta=eta, **changes))
+        return self._others[key]
+
+    @cached_property
+    def _others(self) -> dict[tuple[Any, ...], Case]:
+        return {}
 
     @property
     def etas(self) -> tuple[float, ...]:
