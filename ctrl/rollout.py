@@ -161,7 +161,7 @@ class _Chain:
         else:
             assert xi is not None
             # Views and read-only arrays are other types, for each of which the whole kernel would be compiled.
-            given = Given(np.require(xi, requirements="CW"), none if z is None else np.require(z, requirements="CW"))
+            given = Given(np.require(xi, requirements=["C", "W"]), none if z is None else np.require(z, requirements=["C", "W"]))
             words = Words(np.uint64(0), np.uint64(0), 0)
 
         def piece(begin: int, end: int) -> None:

@@ -309,7 +309,7 @@ class FlowMatching(Schedule):
         steps, last = check.integer("steps", steps, at_least=1), check.number("last", last, above=0)
         if last >= self.horizon:
             raise ValueError(f"last: expected less than the horizon {self.horizon:g}, got {last:g}")
-        logit = np.linspace(*(np.log(x / (1 - x)) for x in (self.horizon, last)), steps + 1)
+        logit = np.linspace(np.log(self.horizon / (1 - self.horizon)), np.log(last / (1 - last)), steps + 1)
         return TimeGrid(np.concatenate([[0.0], [self.t(tau) for tau in 1 / (1 + np.exp(-logit[1:]))]]))
 
 
