@@ -20,13 +20,14 @@ _HOME = {
     "Problem": "problem", "Noise": "noise", "simulate": "rollout", "Gradient": "estimators",
     "save": "storage", "load": "storage",
 }
-_MODULES = ("estimators", "exact", "testing", "theorems", "torch", "verify", "zoo")
+_MODULES = ("estimators", "exact", "learn", "testing", "theorems", "torch", "verify", "zoo")
 
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from ctrl import estimators as estimators
     from ctrl import exact as exact
+    from ctrl import learn as learn
     from ctrl import testing as testing
     from ctrl import theorems as theorems
     from ctrl import torch as torch
