@@ -26,6 +26,8 @@ PLUMBING = {
     "exact.chain.applies", "exact.chain.entropy", "exact.chain.LinearChain", "exact.chain.QuadraticValue", "exact.chain.Optimum",
     "exact.tilt.Rule", "exact.tilt.log_partition", "exact.tilt.support", "exact.divergence.Divergence",
     "exact.limit.ContinuousPolicy", "exact.limit.FeedbackBasis", "exact.limit.MarginalKLRate",
+    "learn.Algorithm", "learn.Best", "learn.Counts", "learn.Critic", "learn.Diverged", "learn.LearnedValue", "learn.Quadratic", "learn.Search",
+    "learn.State", "learn.noise_of",
     "testing.Setup", "testing.gaussians", "testing.mixtures", "testing.reals", "testing.rewards", "testing.schedules", "testing.vectors",
     "theorems.Case", "theorems.Theorem", "theorems.Verdict",
     "torch.Objective", "torch.Policy", "torch.Run", "torch.Value", "torch.classifiers.Classifier"}

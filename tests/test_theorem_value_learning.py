@@ -14,8 +14,8 @@ from ctrl.schedule import OU, VE, SubVP
 from ctrl.theorems import value_learning
 from ctrl.theorems.reversal import short_grid
 from ctrl.theorems.value import cubature, random_states, solved
-from ctrl.theorems.value_learning import AtTruth, Fit, Flattened, Frame, ValueLearning, features, fit_on_paths, martingale_fit, outlook
-from ctrl.theorems.value_learning import quadratic_residual, scaled_residual, slopes, transition
+from ctrl.theorems.value_learning import QUADRATIC, AtTruth, Fit, Flattened, Frame, ValueLearning, fit_on_paths, martingale_fit, outlook
+from ctrl.theorems.value_learning import quadratic_residual, scaled_residual, transition
 from ctrl.theorems.verdict import Case
 
 THEOREM = ValueLearning()
@@ -50,7 +50,7 @@ def test_slopes_are_derivatives_of_features():
         moved = u + 1j * h * np.eye(3)[j]
         j_, k_ = np.triu_indices(3)
         numeric = np.concatenate([0 * u[:, :1], moved.imag, (moved[:, j_] * moved[:, k_]).imag], axis=1) / h
-        np.testing.assert_allclose(slopes(u)[:, :, j], numeric, atol=1e-14)
+        np.testing.assert_allclose(QUADRATIC.slopes(u)[:, :, j], numeric, atol=1e-14)
 
 
 def test_outlook_is_the_mean_of_restarted_paths():
@@ -94,8 +94,8 @@ def test_squared_residual_is_a_minimum_and_the_root_a_root():
     def residuals(coefficients):
         for i in range(case.steps):
             y, cost = transition(frame, i, z)
-            later = problem.reward.value(y) if i + 1 == case.steps else features(frame.whiten(i + 1, y)) @ coefficients[i + 1]
-            yield gamma[i] * later - features(z[:, :2]) @ coefficients[i] - cost
+            later = problem.reward.value(y) if i + 1 == case.steps else QUADRATIC(frame.whiten(i + 1, y)) @ coefficients[i + 1]
+            yield gamma[i] * later - QUADRATIC(z[:, :2]) @ coefficients[i] - cost
 
     def loss(coefficients):
         return sum(w @ delta**2 for delta in residuals(coefficients))
@@ -106,7 +106,7 @@ def test_squared_residual_is_a_minimum_and_the_root_a_root():
     assert min(up, down) > best
     assert abs(up - down) < 1e-9 * (up + down - 2 * best) / 1e-3
     for delta in residuals(system.root):
-        np.testing.assert_allclose(features(z[:, :2]).T @ (w * delta), 0, atol=1e-11)
+        np.testing.assert_allclose(QUADRATIC(z[:, :2]).T @ (w * delta), 0, atol=1e-11)
     root, toward = system.root, system.least - system.root
     slope = (loss(root + 1e-4 * toward) - loss(root - 1e-4 * toward)) / 2e-4
     np.testing.assert_allclose(slope, -2 * (loss(root) - best), rtol=1e-6)  # of a quadratic, on the way down to its minimum

@@ -55,7 +55,7 @@ class CPPO(Algorithm):
     Checked: tests/test_learn.py::test_the_penalty_of_cppo_answers_a_step_that_is_too_large
     """
 
-    step: float = 0.03
+    step: float = 0.25
     epochs: int = 4
     radius: float = 0.3
     penalty: float = 0.1

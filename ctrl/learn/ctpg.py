@@ -23,7 +23,7 @@ class TemporalDifference(Ascent):
     Checked: tests/test_learn.py::test_unbiased_updates_are_exact_gradient_steps
     """
 
-    step: float = 0.1
+    step: float = 0.5
     critic: Critic = field(default_factory=Critic)
 
     def estimator(self, state: State, run: e.Run) -> tuple[e.Estimator, Any]:
@@ -42,7 +42,7 @@ class ValueGradient(Ascent):
     Checked: tests/test_learn.py::test_unbiased_updates_are_exact_gradient_steps
     """
 
-    step: float = 0.1
+    step: float = 0.5
     critic: Critic = field(default_factory=Critic)
 
     def require(self, problem: Problem, policy: Policy) -> None:

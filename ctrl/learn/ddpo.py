@@ -19,7 +19,7 @@ class ScoreFunction(SimpleAscent):
     Checked: tests/test_learn.py::test_unbiased_updates_are_exact_gradient_steps
     """
 
-    step: float = 0.03
+    step: float = 0.25
     baseline: e.LeaveOneOut | float | None = field(default_factory=e.LeaveOneOut)
 
     def form(self) -> e.Estimator:

@@ -33,7 +33,7 @@ class DPOK(Ascent):
     Source: Fan et al. (2305.16381); theory.md, section 7.   Checked: tests/test_learn.py::test_dpok_as_published_stops_elsewhere
     """
 
-    step: float = 0.03
+    step: float = 0.5
     epochs: int = 1
     clip: float | None = 0.2
     kl_in_return: bool = True

@@ -18,7 +18,7 @@ class LogVariance(SimpleAscent):
     Source: Richter et al. (2010.10436); theory.md, section 7.   Checked: tests/test_learn.py::test_log_variance_is_zero_at_doobs_optimum
     """
 
-    step: float = 0.03
+    step: float = 0.5
 
     def form(self) -> e.Estimator:
         return e.LogVariance()

@@ -19,7 +19,7 @@ class Pathwise(SimpleAscent):
     Checked: tests/test_learn.py::test_unbiased_updates_are_exact_gradient_steps
     """
 
-    step: float = 0.1
+    step: float = 0.5
     last: int | None = None
     backward = 2  # the policy's, into theta and x at once, and the score's
 

@@ -62,7 +62,7 @@ class QLearning(Algorithm):
     Checked: tests/test_learn.py::test_q_learning_is_the_gradient_of_sampled_actions
     """
 
-    step: float = 0.03
+    step: float = 0.5
     exploration: float = 1.0
     critic: Critic = field(default_factory=Critic)
     keep: float = 0.8

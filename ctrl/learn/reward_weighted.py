@@ -28,7 +28,7 @@ class RewardWeighted(Algorithm):
     Checked: tests/test_learn.py::test_reward_weighted_regression_lands_on_the_tilt_at_once
     """
 
-    step: float = 0.3
+    step: float = 0.1
     anchored: bool = True
     backward = 1
 

@@ -54,7 +54,5 @@ def search(algorithm: Algorithm, problem: Problem, policy: Policy, grid: TimeGri
 
 def final(algorithm: Algorithm, problem: Problem, policy: Policy, grid: TimeGrid, seed: int, paths: int, updates: int) -> float:
     """Exact J after the last update, -inf for a run that diverged."""
-    state, k = algorithm.start(problem, policy, grid), 0
-    for k, state in enumerate(updates_of(algorithm, state, seed, paths, updates), 1):  # noqa: B020
-        pass
-    return judged(state) if k == updates else -np.inf
+    states = list(updates_of(algorithm, algorithm.start(problem, policy, grid), seed, paths, updates))
+    return judged(states[-1]) if len(states) == updates else -np.inf

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ctrl import check
 from ctrl.check import Array
 from ctrl.estimators import Run
 from ctrl.learn.contract import Diverged, weights

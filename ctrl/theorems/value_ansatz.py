@@ -31,7 +31,7 @@ from ctrl.problem import Problem
 from ctrl.rollout import simulate
 from ctrl.theorems import style
 from ctrl.theorems.value import Solved, ahead, at_eta, law_nodes, random_states, some_steps
-from ctrl.theorems.value_learning import features, returns_to_go
+from ctrl.theorems.value_learning import QUADRATIC, returns_to_go
 from ctrl.theorems.verdict import Case, Theorem, Verdict
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Class:
 
     def monomials(self, x: Array) -> Array:
         """(..., d) -> (..., m)."""
-        flat = features(x.reshape(-1, x.shape[-1]))[:, : (1, 1 + x.shape[-1], None)[self.degree]]
+        flat = QUADRATIC(x.reshape(-1, x.shape[-1]))[:, : (1, 1 + x.shape[-1], None)[self.degree]]
         return flat.reshape(*x.shape[:-1], -1)
 
 

@@ -22,6 +22,7 @@ from ctrl.check import Array
 from ctrl.estimators import Run, runs
 from ctrl.evidence import mean_test
 from ctrl.exact.chain import LinearChain
+from ctrl.learn.values import Quadratic
 from ctrl.noise import Noise, NoiseLike
 from ctrl.theorems import style
 from ctrl.theorems.reversal import short_grid
@@ -32,24 +33,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+QUADRATIC = Quadratic()
 PATTERN_VARIABLES = 8  # of a Gauss-Hermite rule with three nodes each: 6561 paths
 
 
 # ---- quadratics, step by step --------------------------------------------------------------------------------------------
-
-
-def features(u: Array) -> Array:
-    """1, u_j, u_j u_k with j <= k: (n, d) -> (n, p)."""
-    j, k = np.triu_indices(u.shape[1])
-    return np.concatenate([np.ones((len(u), 1)), u, u[:, j] * u[:, k]], axis=1)
-
-
-def slopes(u: Array) -> Array:
-    """d features / d u, (n, d) -> (n, p, d)."""
-    (n, d), (j, k) = u.shape, np.triu_indices(u.shape[1])
-    eye = np.eye(d)
-    products = u[:, j, None] * eye[k] + u[:, k, None] * eye[j]
-    return np.concatenate([np.zeros((n, 1, d)), np.broadcast_to(eye, (n, d, d)), products], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,24 +60,24 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A learned value: V_i(x) = coefficients_i . features(u), u the whitened state, i < N; coefficients (N, p)."""
+    """A learned value: V_i(x) = coefficients_i . QUADRATIC(u), u the whitened state, i < N; coefficients (N, p)."""
 
     frame: Frame
     coefficients: Array
 
     def __call__(self, i: int, x: Array) -> Array:
-        return features(self.frame.whiten(i, x)) @ self.coefficients[i]
+        return QUADRATIC(self.frame.whiten(i, x)) @ self.coefficients[i]
 
     def gradient(self, i: int, x: Array) -> Array:
         """grad V_i, (n, d) -> (n, d)."""
-        du = np.einsum("npd,p->nd", slopes(self.frame.whiten(i, x)), self.coefficients[i])
+        du = np.einsum("npd,p->nd", QUADRATIC.slopes(self.frame.whiten(i, x)), self.coefficients[i])
         return du @ np.linalg.inv(self.frame.roots[i])
 
     @property
     def start(self) -> float:
         """E V_0(X_0)."""
         u, w = cubature(self.frame.chain.problem.dim)
-        return float(w @ features(u) @ self.coefficients[0])
+        return float(w @ QUADRATIC(u) @ self.coefficients[0])
 
 
 # ---- the martingale loss -------------------------------------------------------------------------------------------------
@@ -116,7 +104,7 @@ def martingale_fit(frame: Frame, sign: float = -1.0) -> Fit:
     Source: theory.md, section 5.   Checked: tests/test_theorem_value_learning.py::test_every_verdict_holds
     """
     u, w = cubature(frame.chain.problem.dim)
-    phi = features(u)
+    phi = QUADRATIC(u)
     project, rows = np.linalg.solve(phi.T @ (w[:, None] * phi), phi.T * w), []
     for i in range(frame.chain.grid.steps):
         reward, cost = outlook(frame.chain, i, frame.colour(i, u))
@@ -149,13 +137,13 @@ def fit_on_paths(frame: Frame, noise: NoiseLike, returns: Returns = returns_to_g
     Quadrature noise, three nodes a variable, makes it the minimiser of the expectation: the loss has degree 4 in each normal.
     Source: theory.md, sections 5 and 7.   Checked: tests/test_theorem_value_learning.py::test_paths_give_what_moments_give
     """
-    chain, steps, p = frame.chain, frame.chain.grid.steps, features(np.zeros((1, frame.chain.problem.dim))).shape[1]
+    chain, steps, p = frame.chain, frame.chain.grid.steps, QUADRATIC(np.zeros((1, frame.chain.problem.dim))).shape[1]
     gram, target = np.zeros((steps, p, p)), np.zeros((steps, p))
     for run in runs(chain.problem, chain.policy, chain.grid, noise):
         w = np.full(run.noise.paths, 1.0) if run.noise.weights is None else run.noise.weights
         G = returns(run) / run.coefficients.discount
         for i in range(steps):
-            phi = features(frame.whiten(i, run.states[:, i]))
+            phi = QUADRATIC(frame.whiten(i, run.states[:, i]))
             gram[i] += phi.T @ (w[:, None] * phi)
             target[i] += phi.T @ (w * G[:, i])
     return Fit(frame, np.linalg.solve(gram, target[:, :, None])[:, :, 0])
@@ -215,12 +203,12 @@ def quadratic_residual(frame: Frame) -> Residual:
     """Over quadratics per step of a linear chain, which hold V (mean actions); degree 4 in both states together: cubature is exact."""
     problem, steps = frame.chain.problem, frame.chain.grid.steps
     z, w = cubature(2 * problem.dim)
-    phi, gamma = features(z[:, : problem.dim]), np.exp(-problem.discount * frame.chain.grid.dt)
+    phi, gamma = QUADRATIC(z[:, : problem.dim]), np.exp(-problem.discount * frame.chain.grid.dt)
     there, cross, pull, push = [], [], [], []
     for i in range(steps):
         y, cost = transition(frame, i, z)
         if i + 1 < steps:
-            after = gamma[i] * features(frame.whiten(i + 1, y))
+            after = gamma[i] * QUADRATIC(frame.whiten(i + 1, y))
             there.append(after.T @ (w[:, None] * after))
             cross.append(phi.T @ (w[:, None] * after))
             push.append(after.T @ (w * cost))
