@@ -285,6 +285,11 @@ def test_training_is_judged_by_exact_objectives():
     _, _, _, again = race(learn.Pathwise(), updates=5)
     _, _, _, other = race(learn.Pathwise(), updates=5, seed=1)
     assert np.array_equal(again.theta, run.theta) and not np.array_equal(other.theta, run.theta)
+    rarely = learn.train(learn.Pathwise(), problem, policy, grid, seed=0, paths=128, updates=4, every=2)
+    assert np.array_equal(rarely.theta, run.theta[:5:2]) and np.array_equal(rarely.objective, run.objective[:5:2])
+    assert list(rarely.queries) == [0, 256, 512]
+    with pytest.raises(ValueError, match="multiple of every"):
+        learn.train(learn.Pathwise(), problem, policy, grid, seed=0, paths=128, updates=5, every=2)
     assert run.reached(run.objective[0]) == 0 and run.reached(np.inf) is None
     assert replace(run, objective=np.array([0.0, 2, 1, 2, 3, 4])).reached(2.0) == 3
 

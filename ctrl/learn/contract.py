@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -175,10 +176,10 @@ def spent(run: Run, backward: int, again: int = 0) -> Counts:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    r"""One run of an algorithm: exact J(theta_k) after every update k, and what it had cost by then.
+    r"""One run of an algorithm: exact J(theta_k) after every update k (or every m-th), and what it had cost by then.
 
-    objective (K + 1,) : J(theta_0) ... J(theta_K), -inf from where theta or J stopped being a number
-    theta (K + 1, p)   counts : K + 1 of them   seconds (K + 1,) : of the algorithm alone, the judge's time not counted
+    objective (K/m + 1,) : J(theta_0) ... J(theta_K), -inf from where theta or J stopped being a number
+    theta (K/m + 1, p)   counts : as many   seconds (K/m + 1,) : of the algorithm alone, the judge's time not counted
     Source: theory.md, section 15.   Checked: tests/test_learn.py::test_training_is_judged_by_exact_objectives
     """
 
@@ -205,7 +206,7 @@ class Training:
         return np.array([c.evaluations for c in self.counts])
 
     def reached(self, objective: float) -> int | None:
-        """The first update k from which J stays at or above a level; None where it does not end there."""
+        """The first judged update from which J stays at or above a level; None where it does not end there."""
         below = np.flatnonzero(self.objective < objective)
         k = 0 if not len(below) else int(below[-1]) + 1
         return k if k < len(self.objective) else None
@@ -245,28 +246,32 @@ def judged(state: State) -> float:
     return J if math.isfinite(J) else -math.inf
 
 
-def train(algorithm: Algorithm, problem: Problem, policy: Policy, grid: TimeGrid, *, seed: int, paths: int, updates: int) -> Training:
+def train(algorithm: Algorithm, problem: Problem, policy: Policy, grid: TimeGrid, *, seed: int, paths: int, updates: int,
+          every: int = 1) -> Training:
     r"""Run an algorithm and judge it by the exact objective after every update, J(theta_0) ... J(theta_K).
 
-    paths : per update      seed : with k it gives the noise of update k, so that two runs are the same and every algorithm sees the same noise
+    every m : judge every m-th update only, K a multiple of m, where truth takes long      paths : per update
+    seed : with k it gives the noise of update k, so that two runs are the same and every algorithm sees the same noise
     Source: theory.md, section 15.   Checked: tests/test_learn.py::test_training_is_judged_by_exact_objectives
     """
     check.integer("paths", paths, at_least=2)
-    check.integer("updates", updates, at_least=1)
+    if check.integer("updates", updates, at_least=1) % check.integer("every", every, at_least=1):
+        raise ValueError(f"updates: expected a multiple of every = {every}, got {updates}")
     state = algorithm.start(problem, policy, grid)
     states, J, seconds = [state], [exact.evaluate(problem, policy, grid).objective], [0.0]
     ahead = updates_of(algorithm, state, seed, paths, updates)
     while True:
         begin = time.perf_counter()
-        after = next(ahead, None)
-        if after is None:
+        group = list(islice(ahead, every))
+        if len(group) < every:
             break
+        after = group[-1]
         seconds.append(seconds[-1] + time.perf_counter() - begin)
         states.append(after)
         J.append(judged(after))
         if J[-1] == -math.inf:
             break
-    lost = updates + 1 - len(states)
+    lost = updates // every + 1 - len(states)
     states += [states[-1]] * lost
     return Training(algorithm, states[-1], np.array(J + [-math.inf] * lost), np.stack([s.policy.theta for s in states]),
                     tuple(s.counts for s in states), np.array(seconds + seconds[-1:] * lost))

@@ -14,11 +14,13 @@ from ctrl.learn.contract import Algorithm, State, ascended, mean, spent, weights
 from ctrl.noise import NoiseLike
 
 
-def information(run: e.Run) -> Array:
-    """F = sum_i 2 kappa_i D_i mean[ (d mu_i)'(d mu_i) ] on paths that are there already, (p, p)."""
-    w = weights(run.noise)
-    parts = (np.tensordot(w, e.information(run.problem, run.policy, run.grid, i, x), axes=1) for i, x in enumerate(run.left))
-    return np.sum(list(parts), axis=0)
+def information(run: e.Run, w: Array) -> Array:
+    """F = sum_i 2 kappa_i D_i sum_paths w (d mu_i)'(d mu_i) on paths that are there already, (p, p); w (n,)."""
+    c, rows, F = run.coefficients, np.repeat(w, run.problem.dim)[:, None], np.zeros((run.policy.theta.size,) * 2)
+    for i, x in enumerate(run.left):
+        slope = run.policy.jacobian_theta(run.grid, i, x).reshape(len(rows), -1)
+        F += 2 * c.kappa[i] * c.dt[i] * slope.T @ (rows * slope)
+    return F
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class NaturalGradient(Algorithm):
 
     def update(self, state: State, noise: NoiseLike) -> State:
         run = state.sample(noise)
-        F = information(run)
+        F = information(run, weights(noise))
         F[np.diag_indices(len(F))] += self.damping * np.trace(F) / len(F)
         d = self.step * np.linalg.solve(F, mean(e.RewardToGo(e.LeaveOneOut()), run))
         kl = 0.5 * float(d @ F @ d)

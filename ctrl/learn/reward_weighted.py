@@ -8,6 +8,7 @@ import numpy as np
 
 from ctrl import estimators as e
 from ctrl.learn.contract import Algorithm, State, ascended, mean, spent, weights
+from ctrl.learn.natural import information
 from ctrl.learn.values import least_squares
 from ctrl.noise import NoiseLike
 from ctrl.policy import Policy
@@ -41,6 +42,5 @@ class RewardWeighted(Algorithm):
         logits = form.logits(run)
         w = weights(noise) * np.exp(logits - logits.max())
         w /= w.sum()
-        F = np.sum([np.tensordot(w, e.information(run.problem, run.policy, run.grid, i, x), axes=1) for i, x in enumerate(run.left)], axis=0)
-        d = least_squares(F, mean(form, run))
+        d = least_squares(information(run, w), mean(form, run))
         return state.moved(ascended(state.policy, self.step * d), None, spent(run, self.backward + run.problem.dim))
