@@ -312,7 +312,7 @@ class Latents(Bench):
                 sample_size=self.side, block_out_channels=self.channels, cross_attention_dim=self.prompt[1], attention_head_dim=8,
                 down_block_types=("CrossAttnDownBlock2D",) * plain + ("DownBlock2D",),
                 up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * plain)
-            base = NetworkPolicy(DiffusersUNet(core, schedule, torch.randn(self.prompt)), PredictsNoise()).frozen()
+            base = NetworkPolicy(DiffusersUNet(core, schedule, [torch.randn(self.prompt)]), PredictsNoise()).frozen()
         reward = CallableImageReward(lambda latents: latents.flatten(1).mean(1), differentiable=True)
         problem = Problem(schedule, base, reward, shape, self.settings.kl_weight, self.settings.eta)
         images = Images(torch.zeros(1, *shape, device="cpu"))

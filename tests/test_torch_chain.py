@@ -98,11 +98,12 @@ def test_predictions_are_one_action(schedule):
         return ct.NetworkPolicy(Fixed(output), prediction)(times, x)
 
     for prediction, output in ((ct.PredictsNoise(), noise), (ct.PredictsClean(), clean), (ct.PredictsVelocity(), velocity),
-                               (ct.PredictsScore(), action)):
+                               (ct.PredictsScore(), action), (ct.PredictsFlow(), noise - clean)):
         assert close(acts(prediction, output), action), type(prediction).__name__
     assert close(ct.denoised(times, x, action), clean)
     right = {WithoutTheRoot: False, VelocityOfTheOtherSign: False, WithoutAlpha: isinstance(schedule, ctrl.VE),
              VelocityOfVP: not isinstance(schedule, (ctrl.VE, ctrl.SubVP))}
+    assert not close(acts(ct.PredictsFlow(), clean - noise), action, 1e-2)
     for wrong, output in ((WithoutTheRoot, noise), (VelocityOfTheOtherSign, velocity), (WithoutAlpha, clean), (VelocityOfVP, velocity)):
         assert close(acts(wrong(), output), action, 1e-2) == right[wrong], wrong.__name__
 

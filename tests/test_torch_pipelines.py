@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import (AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel)
 from safetensors.torch import load_file
 
 import ctrl
@@ -19,7 +20,8 @@ from ctrl.files import write_json
 from ctrl.schedule import DiscreteVP, TimeGrid
 from ctrl.torch import rewards
 from ctrl.torch.finetune import Alone, Finetune, Training, finetune
-from ctrl.torch.methods import ALL, Pathwise
+from ctrl.torch.chain import step
+from ctrl.torch.methods import ALL, Pathwise, ScoreFunction
 from ctrl.torch.pipelines import DiffusersUNet, OfImages, Pretrained, Prompts, prompts_of
 from ctrl.torch.policy import NetworkPolicy, PredictsNoise, Times, denoised
 from ctrl.torch.pretrain import sampling_grid
@@ -73,7 +75,7 @@ def test_prompts_and_guidance(times, x):
     empty, prompts = (torch.randn(*shape, dtype=torch.float64, generator=draw) for shape in ((5, 12), (2, 5, 12)))
     free, bound = (torch.stack([core(x[:, j], t, e).sample for j, t in enumerate(STEPS)], 1) for e in (empty.expand(2, 5, 12), prompts))
     for guidance in (1.0, 7.5):
-        network = DiffusersUNet(core, SCHEDULE, empty, guidance)
+        network = DiffusersUNet(core, SCHEDULE, [empty], guidance)
         torch.testing.assert_close(network(times, x), free, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(network(times, x, prompts), free + guidance * (bound - free), rtol=1e-9, atol=1e-9)
         assert (network(times, x, prompts.flip(0)) - network(times, x, prompts)).abs().max() > 1e-3
@@ -92,7 +94,7 @@ def test_action_is_the_score_of_diffusers(times, x):
 
 
 def test_refusals(times, x):
-    with pytest.raises(ValueError, match="empty: expected the embedding of the empty prompt for guidance 2, got None"):
+    with pytest.raises(ValueError, match="empty: expected the embedding of the empty prompt for guidance 2, got none"):
         DiffusersUNet(unconditional(), SCHEDULE, guidance=2.0)
     with pytest.raises(ValueError, match="context: expected None for a model without prompts"):
         DiffusersUNet(unconditional().double(), SCHEDULE)(times, x, torch.zeros(2, 5, 12))
@@ -131,6 +133,67 @@ def stable_diffusion(folder, prediction="epsilon"):
     return StableDiffusionPipeline(vae, text, words, unet, scheduler, None, None, requires_safety_checker=False)
 
 
+def flow(folder):
+    """A tiny Stable Diffusion 3, one tokenizer for all three text encoders."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    words = tokenizer(folder)
+    config = CLIPTextConfig(vocab_size=len(words), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                            max_position_embeddings=8, projection_dim=8, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
+    texts = [CLIPTextModelWithProjection(config) for _ in range(2)]
+    transformer = SD3Transformer2DModel(sample_size=4, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4,
+                                        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=8, pooled_projection_dim=16,
+                                        pos_embed_max_size=8)
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        latent_channels=4, norm_num_groups=4, sample_size=8, scaling_factor=1.5, shift_factor=0.1)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, texts[0], words, texts[1], words, t5, words)
+
+
+@torch.no_grad()
+def test_a_flow_is_read_as_it_is(tmp_path):
+    """A step at eta = 0 is that of diffusers' own scheduler, with guidance and prompts as it reads them; images are decoded as it does."""
+    pipeline = flow(tmp_path)
+    found = Pretrained.of(pipeline, ["a b", "c"], guidance=3.0)
+    scheduler, x = pipeline.scheduler, torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(sigmas=[0.9, 0.6])
+    sigma, after = scheduler.sigmas[:2].tolist()
+    asked, empty, pooled, blank = pipeline.encode_prompt(["a b", "c"], None, None)
+    out = [pipeline.transformer(x, e, p, scheduler.timesteps[0].expand(2), return_dict=False)[0] for e, p in ((empty, blank), (asked, pooled))]
+    expected = scheduler.step(out[0] + 3.0 * (out[1] - out[0]), scheduler.timesteps[0], x).prev_sample
+    schedule = ctrl.FlowMatching(sigma)
+    grid = TimeGrid([0.0, sigma - after])
+    action = found.base(Times.of(schedule, grid)[:1], x[:, None], found.prompts)[:, 0]
+    torch.testing.assert_close(step(schedule.coefficients(grid, 0.0, 0.0), 0, x, action), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.decode(x), pipeline.vae.decode(x / 1.5 + 0.1).sample)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_flows_are_tuned_and_saved(tmp_path, rank):
+    """Two updates by two methods, a run folder, and weights that diffusers loads into a pipeline of its own."""
+    flow(tmp_path).save_pretrained(tmp_path / "pipeline")
+    for method in (Pathwise(learning_rate=0.05), ScoreFunction()):
+        run = settings(tmp_path / "pipeline", tmp_path / type(method).__name__, method=method, average=0.0, eta=0.7, lora_rank=rank,
+                       lora_targets=("to_q", "to_v"), **PROMPTED)
+        summary = finetune(run)
+        assert np.isfinite(list(summary["tuned"].values())).all() and summary["tuned"]["kl_mean"] > 0
+    pipeline, model = StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline"), tmp_path / "Pathwise" / "model"
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    asked, _, pooled, _ = pipeline.encode_prompt(["a", "b"], None, None, do_classifier_free_guidance=False)
+
+    @torch.no_grad()
+    def output():
+        return pipeline.transformer(x, asked, pooled, torch.full((2,), 500.0), return_dict=False)[0]
+
+    before = output()
+    if rank:
+        pipeline.load_lora_weights(model)
+    else:
+        pipeline.transformer = SD3Transformer2DModel.from_pretrained(model / "transformer")
+    assert (output() - before).abs().max() > 1e-4
+
+
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
     """A folder with a tiny Stable Diffusion."""
@@ -167,10 +230,11 @@ def test_a_pipeline_is_read_as_it_is(tmp_path, prediction):
 
 def test_prompts_are_a_context():
     """Sliced, in turn, and each for several times."""
-    prompts = Prompts(("a", "b", "c"), torch.arange(3.0).reshape(3, 1, 1))
-    assert prompts.cycled(5).texts == ("a", "b", "c", "a", "b") and prompts.cycled(5).embeddings.flatten().tolist() == [0, 1, 2, 0, 1]
+    prompts = Prompts(("a", "b", "c"), (torch.arange(3.0).reshape(3, 1, 1), torch.arange(3.0)[:, None]))
+    assert prompts.cycled(5).texts == ("a", "b", "c", "a", "b")
+    assert [x.flatten().tolist() for x in prompts.cycled(5).read] == [[0, 1, 2, 0, 1]] * 2
     assert prompts[1:].texts == ("b", "c") and prompts[1:].repeated(2).texts == ("b", "b", "c", "c")
-    assert prompts[1:].repeated(2).embeddings.flatten().tolist() == [1, 1, 2, 2]
+    assert [x.flatten().tolist() for x in prompts[1:].repeated(2).read] == [[1, 1, 2, 2]] * 2
     assert prompts_of(("cat", "dog"), "a photo of a {}") == ("a photo of a cat", "a photo of a dog")
 
 
@@ -195,7 +259,7 @@ def test_gradients_are_those_of_the_objective(latent, guided):
     """Pathwise in float64, through guidance, the chain and the decoder: the slope of J on shared noise along the gradient."""
     found = Pretrained.load(str(latent), ["a b", "c"], 2.0 if guided else 1.0)
     base, decode = found.base.double(), found.decode.double()
-    prompts = Prompts(found.prompts.texts, found.prompts.embeddings.double()).cycled(4)
+    prompts = found.prompts.to(torch.float64).cycled(4)
     problem = ct.Problem(found.schedule, base, OfImages(rewards.Brightness(), decode), found.shape, kl_weight=0.05, eta=1.0)
     policy = ct.NetworkPolicy(copy.deepcopy(base.network).requires_grad_(True), base.prediction)
     with torch.no_grad():
@@ -237,8 +301,8 @@ def test_what_is_saved_is_loaded_by_diffusers(latent, tmp_path, rank):
     x, prompt = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 1, 4, 4, 4), (2, 8, 12)))
     times = Times.of(training.problem.schedule, training.problem.schedule.grid((999, 400)))[1:2]
     with torch.no_grad():
-        ours = training.average.network.requires_grad_(False)(times, x, training.task.prompts.embeddings)
-        prompts = (training.task.base.network.empty.expand(2, -1, -1), training.task.prompts.embeddings)
+        ours = training.average.network.requires_grad_(False)(times, x, training.task.prompts)
+        prompts = (training.task.base.network.empty[0].expand(2, -1, -1), training.task.prompts.read[0])
         empty, asked = (core_output(pipeline.unet, x, 400, e) for e in prompts)
         torch.testing.assert_close(ours[:, 0], empty + 2.0 * (asked - empty), rtol=1e-4, atol=1e-5)
         assert (core_output(before, x, 400, prompt) - core_output(pipeline.unet, x, 400, prompt)).abs().max() > 1e-4

@@ -22,6 +22,7 @@ from ctrl.torch.objectives import ValueGradient as ValueGradient
 from ctrl.torch.policy import NetworkPolicy as NetworkPolicy
 from ctrl.torch.policy import Policy as Policy
 from ctrl.torch.policy import PredictsClean as PredictsClean
+from ctrl.torch.policy import PredictsFlow as PredictsFlow
 from ctrl.torch.policy import PredictsNoise as PredictsNoise
 from ctrl.torch.policy import PredictsScore as PredictsScore
 from ctrl.torch.policy import PredictsVelocity as PredictsVelocity

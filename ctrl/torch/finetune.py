@@ -30,7 +30,7 @@ from ctrl import check
 from ctrl.files import environment, writable, write_json
 from ctrl.torch.chain import Run, rows, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
-from ctrl.torch.pipelines import DiffusersUNet, save_tuned
+from ctrl.torch.pipelines import DiffusersNetwork, save_tuned
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
 from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
 from ctrl.torch.task import Settings, Task, digest, evaluate, outline, prepare, progress, save_atomically
@@ -98,7 +98,7 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.policy, pretrained = trainable_copy(task.base, settings.lora_rank, settings.lora_targets)
-            core = (ConvValueNetwork if isinstance(task.base.network, UNetDenoiser | DiffusersUNet) else ValueNetwork)(task.problem.shape)
+            core = (ConvValueNetwork if isinstance(task.base.network, UNetDenoiser | DiffusersNetwork) else ValueNetwork)(task.problem.shape)
         self.problem = replace(task.problem, pretrained=pretrained)
         self.policy.to(accelerator.device)
         self.average = copy.deepcopy(self.policy)
@@ -401,7 +401,7 @@ def queries_to_share(rows: list[dict[str, float]], share: float, over: int = 500
 
 def save_policy(policy: NetworkPolicy, base: NetworkPolicy, folder: Path) -> None:
     """The network as safetensors with its config: a denoiser, or a LoRA adapter with its base model in base/; of a pipeline what diffusers loads."""
-    if isinstance(base.network, DiffusersUNet):
+    if isinstance(base.network, DiffusersNetwork):
         save_tuned(policy.network, folder)
         return
     if isinstance(policy.network, Denoiser):

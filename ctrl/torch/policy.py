@@ -122,6 +122,18 @@ class PredictsVelocity(Prediction):
 
 
 @dataclass(frozen=True)
+class PredictsFlow(Prediction):
+    """output = eps - x_0 (flow matching): eps = (x + alpha output)/(alpha + sqrt(v)), a = -eps/sqrt(v).
+
+    Source: Lipman et al. (2210.02747).   Checked: tests/test_torch_chain.py::test_predictions_are_one_action
+    """
+
+    def action(self, times: Times, x: Tensor, output: Tensor) -> Tensor:
+        alpha, root = lift(times.alpha, x), lift(times.v, x).sqrt()
+        return -(x + alpha * output) / (root * (alpha + root))
+
+
+@dataclass(frozen=True)
 class PredictsScore(Prediction):
     """output = score: a = output.
 

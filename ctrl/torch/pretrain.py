@@ -19,7 +19,7 @@ from torch import nn
 
 from ctrl import check
 from ctrl.files import write_json
-from ctrl.schedule import DiscreteVP, Schedule, TimeGrid
+from ctrl.schedule import DiscreteVP, FlowMatching, Schedule, TimeGrid
 from ctrl.torch.images import Images
 from ctrl.torch.networks import Denoiser, MLPDenoiser, UNetDenoiser
 from ctrl.torch.policy import Times
@@ -30,11 +30,13 @@ FINAL_TAU = 0.01  # sampling ends here: left-point Euler cannot use the last hun
 def sampling_grid(schedule: Schedule, steps: int) -> TimeGrid:
     r"""The grid for images: N steps that get shorter towards the data, tau_i = e + (T - e)(u + u^2)/2, u = 1 - i/N.
 
-    e = T/100; on a discrete schedule of K timesteps e = T/K, diffusers' timestep 0.
+    e = T/100; on a discrete schedule of K timesteps e = T/K, diffusers' timestep 0. Flows have a grid of their own.
 
     A uniform grid leaves noise from its last step, a quadratic one pays more KL in its first; this one has the least KL of one model at N = 20.
     Source: theory.md, section 12.   Checked: tests/test_torch_pretrain.py::test_sampling_grid
     """
+    if isinstance(schedule, FlowMatching):
+        return schedule.grid(steps)
     u = np.linspace(1, 0, steps + 1)
     final = 1 / schedule.betas.size if isinstance(schedule, DiscreteVP) else FINAL_TAU
     tau = schedule.horizon * (final + (1 - final) * (u + u**2) / 2)

@@ -89,7 +89,7 @@ class Settings:
     data_dir: Path | None = None
     """Where the data are."""
     pipeline: str | None = None
-    """A pipeline of diffusers (folder or hub id) in the place of data and pre-training: DDPM, DDIM or Stable Diffusion."""
+    """A pipeline of diffusers (folder or hub id) in the place of data and pre-training: DDPM, DDIM, Stable Diffusion (1, 2, 3)."""
     prompts: tuple[str, ...] = ()
     """What is asked of a pipeline with prompts: prompts, or a file with one a line; paths take them in turn."""
     prompt_template: str = "{}"
