@@ -26,7 +26,7 @@ from ctrl.files import user_object, writable
 from ctrl.noise import Noise
 from ctrl.schedule import VP
 from ctrl.torch import images as data
-from ctrl.torch import methods, rewards
+from ctrl.torch import methods, preferences, rewards
 from ctrl.torch.chain import Problem, rows, simulate
 from ctrl.torch.classifiers import Classifier, ConvClassifier, MLPClassifier, train_classifier
 from ctrl.torch.networks import Denoiser
@@ -73,6 +73,10 @@ RewardChoice = (
     | Annotated[rewards.Contrast, tyro.conf.subcommand("contrast", description=_summary(rewards.Contrast))]
     | Annotated[rewards.Compressibility, tyro.conf.subcommand("compressibility", description=_summary(rewards.Compressibility))]
     | Annotated[rewards.Incompressibility, tyro.conf.subcommand("incompressibility", description=_summary(rewards.Incompressibility))]
+    | Annotated[preferences.CLIPScore, tyro.conf.subcommand("clip-score", description=_summary(preferences.CLIPScore))]
+    | Annotated[preferences.PickScore, tyro.conf.subcommand("pick-score", description=_summary(preferences.PickScore))]
+    | Annotated[preferences.Aesthetic, tyro.conf.subcommand("aesthetic", description=_summary(preferences.Aesthetic))]
+    | Annotated[preferences.LearnedImageReward, tyro.conf.subcommand("image-reward", description=_summary(preferences.LearnedImageReward))]
     | Annotated[UserReward, tyro.conf.subcommand("user")])
 
 
