@@ -12,7 +12,7 @@ split, J* - J = (J* - J_class) + (J_class - J), and "1 %" is of J_class - J(thet
 `steps.csv` has the second question (section 12): the step size found at N = 10, tried times 1/4, 1 and 4 at N = 10, 100, 1000.
 Expected: same best factor, same regret, for algorithms whose mean direction has a limit as N grows and whose variance settles (section 7); not
 for q-learning, whose variance grows like N. `tilt` in the table is the regret of the class's best fit to Doob's path law, where reward-weighted
-regression ends, by itself with 2^16 paths: section 9 (ii), not (i).
+regression ends, from batches of 2^14 paths: section 9 (ii), not (i).
 
 Writes rows.jsonl, table.csv, steps.csv, table.txt, env.json and a figure per problem. Finished parts are kept in parts/: a second call
 goes on there.
