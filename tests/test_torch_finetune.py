@@ -450,6 +450,13 @@ def fragile(images):
         r[0] = float("inf")
     return r
 
+def distant(images):
+    global calls
+    calls += 1
+    if calls >= 4 and Path(__file__).with_name("broken").exists():
+        raise ConnectionError("no answer from the reward server")
+    return images.mean((1, 2, 3))
+
 def hopeless(images):
     return images.mean((1, 2, 3)) * float("nan")
 
@@ -482,6 +489,22 @@ def test_infinite_reward_stops_with_its_place(user, tmp_path, capsys):
     assert user("fragile", "--resume", checkpoint_every=25) == 0
     shutil.move(out, tmp_path / "resumed")
     assert user("fragile") == 0 and results(out) == results(tmp_path / "resumed")
+
+
+def test_reward_out_of_reach_stops_with_everything_saved(user, tmp_path, capsys, monkeypatch):
+    """Asked three times in all, then one line and exit code 1; what was reached is kept, and a resumed run goes on to the same bits."""
+    slept = []
+    monkeypatch.setattr("ctrl.torch.rewards.time.sleep", slept.append)
+    (tmp_path / "broken").touch()
+    assert user("distant", checkpoint_every=25) == 1
+    checkpoint = tmp_path / "out" / "checkpoint.safetensors"
+    assert capsys.readouterr().err == ("ctrl: training stopped: update 3 of ScoreFunction: no answer from the reward server; "
+                                       f"last good checkpoint: {checkpoint} (update 2)\n")
+    assert slept == [1, 2] and counts(checkpoint)["iteration"] == 2
+    (tmp_path / "broken").unlink()
+    assert user("distant", "--resume", checkpoint_every=25) == 0
+    shutil.move(tmp_path / "out", tmp_path / "resumed")
+    assert user("distant") == 0 and results(tmp_path / "out") == results(tmp_path / "resumed")
 
 
 def test_reward_that_is_never_finite(user, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from ctrl.torch import rewards
 from ctrl.torch.images import digits, from_bytes
 from ctrl.torch.rewards import (
     SMOOTHING,
@@ -194,6 +195,37 @@ def test_no_gradient_through_a_reward_without_one():
         with pytest.raises(ValueError, match="<lambda>: expected a reward that depends on the images through torch"):
             CallableImageReward(broken, differentiable=True)(x)
         assert CallableImageReward(broken, differentiable=True)(x.detach()).shape == (3,)      # nobody asked for a gradient
+
+
+def test_rewards_out_of_reach_are_asked_again(monkeypatch):
+    """Twice more after 1 and 2 seconds, and then no more; other errors at once; the prompts still reach it, and networks stay as they are."""
+    slept, tried = [], []
+    monkeypatch.setattr(rewards.time, "sleep", slept.append)
+
+    def flaky(x, context):
+        tried.append(context)
+        if len(tried) < 3:
+            raise ConnectionError("no server")
+        return x.sum((1, 2, 3))
+
+    reward = CallableImageReward(rewards.retried(flaky, 3))
+    assert torch.equal(reward(images(), ["a", "b", "c"]), images().sum((1, 2, 3)))
+    assert slept == [1, 2] and tried == [["a", "b", "c"]] * 3 and reward.name == "flaky"
+    tried.clear()
+    with pytest.raises(ConnectionError, match="no server"):
+        CallableImageReward(rewards.retried(flaky, 2))(images(), [""])
+    assert len(tried) == 2
+
+    def wrong(x):
+        tried.append(x)
+        raise RuntimeError("a bug")
+
+    tried.clear()
+    with pytest.raises(RuntimeError, match="a bug"):
+        CallableImageReward(rewards.retried(wrong, 3))(images())
+    assert len(tried) == 1
+    network = nn.Identity()
+    assert rewards.retried(network, 3) is network
 
 
 def test_callable_reward():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -209,6 +211,26 @@ def jpeg_kilobytes(images: Tensor, quality: int) -> Tensor:
         Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])).save(file, "JPEG", quality=quality)
         sizes.append(file.tell())
     return torch.tensor(sizes) / 1000
+
+
+def retried(function: Callable[..., Any], attempts: int, wait: float = 1.0) -> Callable[..., Any]:
+    """The same function, asked again where it raises OSError (a server that does not answer): up to `attempts` times, after wait, 2 wait ... seconds.
+
+    Source: design.md, runs.   Checked: tests/test_torch_rewards.py::test_rewards_out_of_reach_are_asked_again
+    """
+    if not callable(function) or isinstance(function, nn.Module):  # a network at hand is always in reach
+        return function
+
+    @wraps(function)
+    def asked(*arguments: Any) -> Any:
+        for k in range(attempts - 1):
+            try:
+                return function(*arguments)
+            except OSError:
+                time.sleep(wait * 2**k)
+        return function(*arguments)
+
+    return asked
 
 
 @dataclass(frozen=True, eq=False)

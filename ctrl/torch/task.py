@@ -55,6 +55,11 @@ class UserReward:
     """FILE.py:NAME."""
     differentiable: bool = False
     """Whether torch can differentiate it."""
+    attempts: int = 3
+    """How often it is asked where it cannot be reached (OSError: a server, a file), after 1, 2, 4 ... seconds."""
+
+    def __post_init__(self) -> None:
+        check.integer("attempts", self.attempts, at_least=1)
 
     def digest(self) -> str | None:
         """Of the file: another content is another reward."""
@@ -275,7 +280,8 @@ def _of_pipeline(settings: Settings, device: torch.device | str) -> Task:
 def _unlabelled(chosen: RewardChoice) -> rewards.ImageReward:
     """A reward that needs no data."""
     if isinstance(chosen, UserReward):
-        return rewards.CallableImageReward(user_object("reward", chosen.function)[1], chosen.differentiable)
+        function = user_object("reward", chosen.function)[1]
+        return rewards.CallableImageReward(rewards.retried(function, chosen.attempts), chosen.differentiable)
     assert not isinstance(chosen, ClassReward)
     return chosen
 
