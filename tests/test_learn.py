@@ -148,6 +148,19 @@ def test_q_learning_is_the_gradient_of_sampled_actions():
         learn.QLearning().start(problem, exploring, grid)
 
 
+def test_the_spread_of_q_learning_settles_where_that_of_whole_returns_grows():
+    """Spread of 16 updates at N = 10 and 80, fixed seeds: 8 times as many steps, and less than half as much again; whole returns at least 4 times."""
+    problem, policy = plane(), basis(plane())
+    spread, whole = [], []
+    for steps in (10, 80):
+        grid = problem.grid(steps)
+        start = learn.QLearning().start(problem, policy, grid)
+        ends = [learn.QLearning(step=1.0).update(start, learn.noise_of(9, k, 256)).policy.theta for k in range(16)]
+        spread.append(np.var(ends, axis=0).sum())
+        whole.append(np.trace(e.ActionNoise()(problem, policy.with_exploration(np.eye(2)), grid, ctrl.Noise(1, 2048)).covariance))
+    assert spread[1] < 1.5 * spread[0] and whole[1] > 4 * whole[0]
+
+
 # ---- fixed points ---------------------------------------------------------------------------------------------------------
 
 
