@@ -266,7 +266,7 @@ def table(rows: pd.DataFrame, tilt: dict[str, float]) -> pd.DataFrame:
             return float(np.median([np.inf if k is None or k != k else c[int(k)] for k, c in zip(mine.reached, mine[what], strict=True)]))
 
         lines.append({"course": course, "algorithm": name, "step": mine.step.iloc[0], "J* - J_class": mine.of_class.iloc[0], "J_class - J_0": first,
-                      "left (%)": 100 * np.median(ends), "low": low, "high": high,
+                      "left (%)": 100 * np.median(ends), "low": low, "high": high, "lost seeds": int(np.sum(ends > 1)),
                       "tilt (%)": 100 * tilt[course] / first, "queries to 1 %": cost("queries"), "evaluations to 1 %": cost("evaluations"),
                       "seconds to 1 %": cost("seconds")})
     return pd.DataFrame(lines)
@@ -282,7 +282,7 @@ def draw(rows: pd.DataFrame, course: str) -> bytes:
                 runs = mine[mine.algorithm == name]
                 x = np.median(np.array(list(runs[what]), dtype=np.float64), axis=0)[1:]
                 left = np.array([shares(w) for w in runs.within])[:, 1:]
-                low, middle, high = np.quantile(np.clip(left, 1e-5, 1e3), (0.1, 0.5, 0.9), axis=0)
+                low, middle, high = np.quantile(np.clip(left, 1e-5, 1e3), (0.1, 0.5, 0.9), axis=0, method="nearest")
                 ax.loglog(x, middle, color=COLOURS[j % len(COLOURS)], linestyle=LINES[j // len(COLOURS)], label=name)
                 ax.fill_between(x, low, high, color=COLOURS[j % len(COLOURS)], alpha=0.12, linewidth=0)
             ax.axhline(SHARE, color="black", linewidth=0.8)

@@ -30,7 +30,8 @@ def test_the_table_says_when_one_percent_is_kept():
     one = regret.table(pd.DataFrame([row]), {"c": 0.02}).iloc[0]
     assert one["queries to 1 %"] == 10 and one["seconds to 1 %"] == 0.2
     assert np.isclose(one["left (%)"], 0.5) and np.isclose(one["tilt (%)"], 1.0)
-    assert np.isinf(regret.table(pd.DataFrame([lost, lost, row]), {"c": 0.0}).iloc[0]["queries to 1 %"])
+    two = regret.table(pd.DataFrame([lost, lost, row]), {"c": 0.0}).iloc[0]
+    assert np.isinf(two["queries to 1 %"]) and two["lost seeds"] == 2 and one["lost seeds"] == 0
     assert list(regret.shares([2.0, None])) == [1.0, np.inf]
 
 
