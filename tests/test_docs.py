@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -12,7 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,7 +37,8 @@ def commanded(line, folder):
     wanted = int(found[1]) if (found := re.search(r"# exit code (\d)", line)) else 0
     program, *arguments = shlex.split(line, comments=True)
     assert program == "ctrl"
-    done = subprocess.run([sys.executable, "-m", "ctrl", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside other tests, more threads would wait for one another
+    done = subprocess.run([sys.executable, "-m", "ctrl", *arguments], cwd=folder, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == wanted, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
