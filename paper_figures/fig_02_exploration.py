@@ -75,11 +75,11 @@ def draw(rows: pd.DataFrame) -> Figure:
     with page(3, 2.15, ratios=(1.25, 1, 1)) as (figure, (left, middle, right)):
         for k, steps in enumerate((COARSE, FINE)):
             mine, up = path[path.steps == steps], 3.5 * k
-            left.plot(mine.x, mine["mean"] + up, color="black", lw=0.9, label="mean action" if k == 0 else None)
+            left.plot(mine.x, mine["mean"] + up, color="black", lw=0.9, label="mean" if k == 0 else None)
             left.plot(mine.x, mine.sampled + up, color=look(1)["color"], ls="--", lw=0.9, label="sampled actions" if k == 0 else None)
-            left.text(0.02, up + 1.1, f"N = {steps}", fontsize=7)
+            left.text(0.98, up + 1.7, f"N = {steps}", fontsize=7, ha="right")
         left.set(xlabel="generation time t / T", ylabel="first coordinate (shifted)", title="the same Brownian path", ylim=(None, 8.5))
-        left.legend(loc="upper left", ncols=2)
+        left.legend(loc="upper right", ncols=2, handlelength=1.6)
         for j, (column, label) in enumerate((("rms", "root mean square: 1/2"), ("law", "covariance: 1"))):
             middle.loglog(gap.x, gap[column], **look(j), label=label)
         middle.loglog(gap.x, gap.injected, color=GREY, marker="x", ls=":", label=r"noise $h\sqrt{D\Sigma}$: 0")
@@ -87,7 +87,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         middle.legend(loc="upper left")
         right.semilogx(gap.x, gap.objective, **look(0), label="exact")
         right.axhline(float(gap.limit.iloc[0]), color="black", ls="--", lw=0.8, label=r"$-\lambda\int\kappa\,\mathrm{tr}\,\Sigma\,dt$")
-        right.axhline(0, color=GREY, ls=":", label=r"$\mathrm{tr}\,\Sigma$ not charged, D $\to$ 0")
+        right.axhline(0, color=GREY, ls=":", label=r"$\mathrm{tr}\,\Sigma$ not charged")
         right.set(xlabel="step D (1/N)", ylabel=r"$J_{\mathrm{sampled}}-J_{\mathrm{mean}}$", title="the objective")
         right.legend(loc="center left")
         for ax in (middle, right):

@@ -103,12 +103,12 @@ def draw(rows: pd.DataFrame) -> Figure:
             left.plot(mine.x[::10], mine.other_kl[::10], **look(j) | {"linestyle": "none", "markerfacecolor": "none"},
                       label=rf"marginal, $\eta={eta:g}$")
             mine = rows[(rows.panel == "over N") & (rows.eta == eta)]
-            middle.semilogx(mine.x, mine.path_kl, **look(j), label=rf"path, $\eta={eta:g}$")
-            middle.semilogx(mine.x, mine.other_kl, **look(j) | {"markerfacecolor": "none"}, label=rf"terminal, $\eta={eta:g}$")
+            middle.semilogx(mine.x, mine.path_kl, **look(j), label="path (full)" if eta == 1 else None)
+            middle.semilogx(mine.x, mine.other_kl, **look(j) | {"markerfacecolor": "none"}, label="terminal (open)" if eta == 1 else None)
         left.set(xlabel="generation time t / T", ylabel="KL up to t (nats)", title="along generation, N = 100", ylim=(0, 0.42))
         left.legend(loc="upper left", ncols=1)
-        middle.set(xlabel="steps N", ylabel="KL (nats)", title="the same KL on every grid", ylim=(0, 0.56))
-        middle.legend(loc="upper right", ncols=2, handlelength=1.6)
+        middle.set(xlabel="steps N", ylabel="KL (nats)", title="the same KL on every grid", ylim=(0, 0.42))
+        middle.legend(loc="upper right")
         right.axhline(1, color="black", lw=0.8)
         for key, j in DRAWN.items():
             mine = rows[rows.curve == FORMULAS[key].name]
