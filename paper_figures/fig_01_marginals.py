@@ -126,11 +126,11 @@ def draw(rows: pd.DataFrame) -> Figure:
             here, up = density[density.t == t], 0.75 * k
             law = here[here.eta == here.eta.min()]
             left.plot(law.x, law.exact + up, color="black", lw=0.8, label="noised data law" if k == 0 else None)
-            left.text(-2.65, up + 0.05, f"t = {t:g} T", ha="left", va="bottom", fontsize=7)
             for j, eta in enumerate(sorted(set(here.eta))):
                 mine = here[here.eta == eta].iloc[2 * j :: 8]
                 left.plot(mine.x, mine.y + up, **look(j) | {"linestyle": "none"}, label=rf"$\eta={eta:g}$" if k == 0 else None)
-        left.set(xlabel="state x", ylabel="density, shifted up by t", title=f"marginals, N = {STEPS}", yticks=[], ylim=(-0.05, 3.0))
+        left.set(xlabel="state x", title=f"densities, N = {STEPS}", ylim=(-0.05, 3.0))
+        left.set_yticks([0.75 * k for k in range(len(SHOWN))], [f"t = {t:g} T" for t in SHOWN])
         left.legend(ncols=2, loc="upper left")
         for j, eta in enumerate(ETAS):
             mine = rows[(rows.panel == "distance") & (rows.eta == eta)]
