@@ -11,6 +11,7 @@ from ctrl import estimators as e
 from ctrl import exact, learn
 from ctrl.learn.contract import SimpleAscent
 from ctrl.learn.cppo import moved_nats
+from ctrl.learn.qlearning import Slopes
 from ctrl.learn.values import Critic
 from ctrl.policy import Monomials
 
@@ -142,10 +143,22 @@ def test_q_learning_is_the_gradient_of_sampled_actions():
     exploring = policy.with_exploration([[0.49]])
     noise = ctrl.Noise.gauss_hermite(problem, exploring, grid, nodes=4)
     gradient = exact.evaluate(problem, exploring, grid).gradient.theta
-    found = moved(learn.QLearning(exploration=0.7), problem, policy, grid, noise)
-    np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-10 * np.linalg.norm(gradient))
+    for cross in (True, False):  # on the line the same
+        found = moved(learn.QLearning(exploration=0.7, critic=Critic(features=learn.Quadratic(cross))), problem, policy, grid, noise)
+        np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-10 * np.linalg.norm(gradient))
     with pytest.raises(ValueError, match="exploration"):
         learn.QLearning().start(problem, exploring, grid)
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_slopes_are_one_linear_map(cross):
+    """Rows times coefficients are a.g(x), g = (1, x) M; without products g_j does not see the other coordinates."""
+    rng, form = np.random.default_rng(0), Slopes(cross)
+    x, a = rng.standard_normal((2, 5, 3))
+    coefficients = rng.standard_normal(form.rows(x, a).shape[1])
+    M = form.matrix(coefficients, 3)
+    np.testing.assert_allclose(form.rows(x, a) @ coefficients, np.sum(a * (M[0] + x @ M[1:]), axis=1), rtol=1e-12)
+    assert M.shape == (4, 3) and (np.count_nonzero(M[1:]) == 9) == cross
 
 
 def test_the_spread_of_q_learning_settles_where_that_of_whole_returns_grows():

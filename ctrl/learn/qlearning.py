@@ -41,6 +41,24 @@ def affine(x: Array) -> Array:
     return np.concatenate([np.ones((len(x), 1)), x], axis=1)
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """What a (n, d) and x (n, d) are to the regression: rows z (n, m), and coefficients (m,) as the matrix of g(x) = (1, x) M, (1 + d, d).
+
+    cross : every coordinate's g affine in all of x; without, in its own alone, for high dimensions, as V's features without products
+    """
+
+    cross: bool
+
+    def rows(self, x: Array, a: Array) -> Array:
+        if not self.cross:
+            return np.concatenate([a, x * a], axis=1)
+        return (affine(x)[:, :, None] * a[:, None, :]).reshape(len(x), -1)
+
+    def matrix(self, coefficients: Array, d: int) -> Array:
+        return coefficients.reshape(1 + d, d) if self.cross else np.concatenate([coefficients[None, :d], np.diag(coefficients[d:])])
+
+
 def deviations(run: e.Run) -> Array:
     """a - mu of the sampled actions, (n, N, d)."""
     assert run.paths.actions is not None
@@ -56,7 +74,7 @@ class QLearning(Algorithm):
         theta <- theta + step * 1/n sum_paths sum_i (d mu_i)'( D_i h_i g_i(X_i) - 2 lambda kappa_i D_i (mu_i - s_i) )
 
     exploration : Sigma = exploration^2 I of the behaviour; its covariance is known, only the mean is learned; judged by the mean action's J
-    g is affine in x, step by step. The sampler is a black box: g comes from the actions' own noise. V's change over a step is O(sqrt(D)), so
+    g is affine in x, step by step (in its own coordinate alone where the critic's features are without products). The sampler is a black box: g comes from the actions' own noise. V's change over a step is O(sqrt(D)), so
     that the update's variance settles as N grows, where whole returns times the actions' score (`ActionNoise`) grow like N. Every eta.
     Source: Jia and Zhou, q-learning in continuous time; theory.md, sections 6 and 10.
     Checked: tests/test_learn.py::test_q_learning_is_the_gradient_of_sampled_actions,
@@ -81,19 +99,20 @@ class QLearning(Algorithm):
         moments = self.moments(run, value)
         if past is not None:
             moments = (moments[0] + self.keep * past.slope[0], moments[1] + self.keep * past.slope[1])
-        slope = np.stack([least_squares(gram, target).reshape(1 + run.problem.dim, -1) for gram, target in zip(*moments, strict=True)])
+        form = Slopes(self.critic.features.cross)
+        slope = np.stack([form.matrix(least_squares(gram, target), run.problem.dim) for gram, target in zip(*moments, strict=True)])
         return state.moved(ascended(state.policy, self.step * mean(Actor(slope), run)), Memory(seen, moments), spent(run, 1))
 
     def moments(self, run: e.Run, value: e.ValueFunction) -> tuple[Array, Array]:
         """E z z' and E z delta of every step, z = h D (1, x) (a - mu) flattened, delta the residual before q: (N, m, m), (N, m)."""
-        w, c, a = weights(run.noise), run.coefficients, deviations(run)
+        w, c, a, form = weights(run.noise), run.coefficients, deviations(run), Slopes(self.critic.features.cross)
         # What q takes from the running cost is taken out of it: the mean action's cost and tr Sigma stay.
         cost = 0.5 * run.pull * (np.sum((run.departure - a) ** 2, axis=2) + run.problem.dim * self.exploration**2)
         v = np.stack([run.discounted(value, i) for i in range(run.grid.steps + 1)], axis=1)
         delta = (np.diff(v, axis=1) - cost) / c.discount
         gram, target = [], []
         for i, x in enumerate(run.left):
-            z = c.h[i] * c.dt[i] * (affine(x)[:, :, None] * a[:, i, None, :]).reshape(len(x), -1)
+            z = c.h[i] * c.dt[i] * form.rows(x, a[:, i])
             gram.append(z.T @ (w[:, None] * z))
             target.append(z.T @ (w * delta[:, i]))
         return np.stack(gram), np.stack(target)
