@@ -1,6 +1,6 @@
 """All figures of the paper, one after the other.
 
-    python -m paper_figures.all [--quick] [--fresh] [--only fig_03_kl ...] [--out DIR]      about four minutes on one core; --quick 20 s
+    python -m paper_figures.all [--quick] [--fresh] [--only fig_03_kl ...] [--out DIR]      about two minutes on one core; --quick half of one
 
 Every figure is a file with `rows(quick)`, `measured(rows)`, `draw(rows)` and `main(out, quick)`; its docstring states the claim and the
 numbers expected, and rows that say otherwise are not drawn. Finished figures are kept unless --fresh; a figure that fails does not stop

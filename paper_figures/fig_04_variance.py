@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 NAME = Path(__file__).stem
 STUDY = Path(__file__).parents[1] / "analysis" / "estimator_variance" / "rows.csv"
 GROWING = ("action noise", "action noise, reward-to-go", "one random step of reward-to-go")
-QUICK = ("score function", "reward-to-go", "temporal difference", "pathwise", "one random step of reward-to-go", "action noise", "action noise, reward-to-go")
+QUICK = (*GROWING, "score function", "reward-to-go", "temporal difference", "pathwise")
 
 
 def rows(quick: bool) -> pd.DataFrame:
@@ -88,8 +88,8 @@ def measured(rows: pd.DataFrame) -> dict[str, float]:
     """Traces of the study at N = 160, and exponents."""
     at = rows[(rows.panel == "study") & (rows.steps == 160)].groupby("estimator").trace.mean()
     exponent = _exponents(rows).exponent
-    return {**{f"{name} at N = 160": float(trace) for name, trace in at.items()}, **{f"exponent of {name}": float(exponent[name]) for name in GROWING},
-            "largest exponent of the others": float(exponent.drop(list(GROWING)).max())}
+    out = {f"{name} at N = 160": float(trace) for name, trace in at.items()} | {f"exponent of {name}": float(exponent[name]) for name in GROWING}
+    return out | {"largest exponent of the others": float(exponent.drop(list(GROWING)).max())}
 
 
 def draw(rows: pd.DataFrame) -> Figure:

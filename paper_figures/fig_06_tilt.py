@@ -48,8 +48,8 @@ def rows(quick: bool) -> pd.DataFrame:
     out = []
     for beta in STRENGTHS:
         problem = replace(ctrl.zoo.gaussian_pull_2d(), schedule=ctrl.VP(0.1, beta), start="exact")
-        for eta in sorted({*ETAS, *(() if quick else np.round(np.linspace(0.25, 1.5, 26), 2).tolist())}):
-            out.append(("bias", eta, beta, beta, initial_bias(replace(problem, eta=eta)).kl, np.nan))
+        etas = sorted({*ETAS, *(() if quick else np.round(np.linspace(0.25, 1.5, 26), 2).tolist())})
+        out += [("bias", eta, beta, beta, initial_bias(replace(problem, eta=eta)).kl, np.nan) for eta in etas]
         end = exact.optimum(problem, problem.grid(FINITE)).truth.terminal
         out.append(("chain", 1.0, beta, beta, Gaussian(end.mean, end.cov).kl(initial_bias(problem).tilt), np.nan))
     line = replace(ctrl.zoo.mixture_bump_1d(), schedule=ctrl.VP(0.1, SHORT), start="exact")

@@ -48,7 +48,8 @@ def rows(quick: bool) -> pd.DataFrame:
         out += [("reward", curve, eta, exact.evaluate(case.at(eta).problem, policy, case.grid).expected_reward)
                 for eta in (DEPLOYED if quick else np.linspace(0.0, 1.5, 13).tolist())]
     for trained in DEPLOYED:
-        out += [("objective", f"{trained:g}", eta, exact.evaluate(case.at(eta).problem, best[trained].policy, case.grid).objective) for eta in DEPLOYED]
+        J = {eta: exact.evaluate(case.at(eta).problem, best[trained].policy, case.grid).objective for eta in DEPLOYED}
+        out += [("objective", f"{trained:g}", eta, objective) for eta, objective in J.items()]
     faithful = case.at(1.0, start="exact")
     for steps in (40, 80, 160, 320):
         grid = case.problem.grid(steps)
@@ -72,7 +73,8 @@ def measured(rows: pd.DataFrame) -> dict[str, float]:
     return {"order of the gap, pre-trained": fitted_order(pre.x.to_numpy(), pre.y.to_numpy()).slope,
             "order, another action less its limit": fitted_order(other.x.to_numpy(), (other.y - limit).abs().to_numpy()).slope,
             "limit, another action": limit, "J* at eta = 1": float(J["1", 1.0]), "J* at eta = 0": float(J["0", 0.0]),
-            "E r of the policy at eta = 0.5": float(reward["another action", 0.5]), "E r of the policy at eta = 0": float(reward["another action", 0.0]),
+            "E r of the policy at eta = 0.5": float(reward["another action", 0.5]),
+            "E r of the policy at eta = 0": float(reward["another action", 0.0]),
             "least regret off the diagonal": float(regrets[~np.eye(len(regrets), dtype=bool)].min())}
 
 

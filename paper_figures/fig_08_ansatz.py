@@ -50,7 +50,8 @@ def _state(case: Case) -> list[tuple[str, str, float, float, float]]:
     value = exact.value(problem, problem.pretrained(case.grid), case.grid)
     curves = [value(STEPS // 2, x), posterior_reward(problem, t, x), problem.reward.value(denoised(problem, t, x)),
               *(problem.reward.value(wrong(problem, t, x)) for _, wrong in WRONG_DENOISERS)]
-    return [("state", name, float(at), float(y), 0.0) for name, curve in zip(STATES, curves, strict=True) for at, y in zip(x[:, 0], curve, strict=True)]
+    return [("state", name, float(at), float(y), 0.0) for name, curve in zip(STATES, curves, strict=True)
+            for at, y in zip(x[:, 0], curve, strict=True)]
 
 
 def _pretrained(case: Case, steps: int) -> World:

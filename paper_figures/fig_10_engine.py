@@ -50,7 +50,8 @@ def rows(quick: bool) -> pd.DataFrame:
 def measured(rows: pd.DataFrame) -> dict[str, float]:
     """Ratios of rates at as many bits, and the worst law."""
     ratio = rows.set_index(["version", "bits", "dim"]).ratio
-    asked = (("C++ Philox", 32, 1), ("C++ Philox", 64, 8), ("C++ lanes", 32, 1), ("torchsde", 32, 2), ("NumPy", 64, 1), ("jax scan", 32, 2), ("diffrax", 32, 1))
+    asked = (("C++ Philox", 32, 1), ("C++ Philox", 64, 8), ("C++ lanes", 32, 1), ("torchsde", 32, 2), ("NumPy", 64, 1), ("jax scan", 32, 2),
+             ("diffrax", 32, 1))
     return {**{f"{version}, float{bits}, d = {d}": float(ratio[version, bits, d]) for version, bits, d in asked},
             "largest z of a law": float(rows.largest_z.max())}
 

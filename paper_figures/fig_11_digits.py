@@ -102,13 +102,15 @@ def draw(rows: pd.DataFrame) -> Figure:
         for j, name in enumerate(FRONTIER):
             mine = runs[(runs.curve == name) & (runs.seed == 0)].sort_values("kl_weight")
             middle.plot(mine.kl, mine.reward, **look(j), label=name)
-        middle.set(xlabel="path KL (nats per image)", ylabel="E r (log-probability)", title=r"frontier, $\lambda=2,1,.5,.25$", xlim=(0, 5.6), ylim=(-4.2, 0.1))
+        middle.set(xlabel="path KL (nats per image)", ylabel="E r (log-probability)", title=r"frontier, $\lambda=2,1,.5,.25$",
+                   xlim=(0, 5.6), ylim=(-4.2, 0.1))
         middle.legend(loc="lower right")
         at = runs[runs.kl_weight == 0.5]
         order = at.groupby("curve").regret.mean().sort_values(ascending=False).index
         for k, name in enumerate(order):
             mine = at[at.curve == name]
-            right.errorbar(mine.regret, k + 0.15 * (mine.seed - 1), xerr=2 * mine.regret_error, fmt="o", color=look(0)["color"], ms=2.4, elinewidth=0.8)
+            right.errorbar(mine.regret, k + 0.15 * (mine.seed - 1), xerr=2 * mine.regret_error, fmt="o", color=look(0)["color"], ms=2.4,
+                           elinewidth=0.8)
         right.set_yticks(range(len(order)), order)
         right.set(xlabel=r"regret $J^*-J$", title=r"$\lambda=.5$, three seeds", xlim=(0, None))
     return figure

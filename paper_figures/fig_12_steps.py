@@ -38,10 +38,11 @@ def rows(quick: bool) -> pd.DataFrame:
     """panel "study": digit, seed, N, share, ODE share, KL, regret of runs tuned at N = 30; panel "transfer": eta, N, share, KL, regret."""
     study = pd.read_csv(ANALYSIS / "digits_study" / "rows.csv")
     study = study[study.steps == TRAINED]
-    parts = [study[["digit", "seed", "judged_share", "kl_mean", "regret"]].set_axis(["digit", "seed", "share", "kl", "regret"], axis=1).assign(steps=TRAINED)]
+    names = ["digit", "seed", "share", "kl", "regret", "ode_share"]
+    parts = [study[["digit", "seed", "judged_share", "kl_mean", "regret"]].set_axis(names[:-1], axis=1).assign(steps=TRAINED)]
     for n in OTHERS:
         columns = ["digit", "seed", f"share_{n}", f"kl_{n}", f"regret_{n}", f"ode_share_{n}"]
-        parts.append(study[columns].set_axis(["digit", "seed", "share", "kl", "regret", "ode_share"], axis=1).assign(steps=n))
+        parts.append(study[columns].set_axis(names, axis=1).assign(steps=n))
     transfer = pd.read_csv(ANALYSIS / "digits_compare" / "transfer.csv")
     transfer = transfer[transfer.model == "fine-tuned"].rename(columns={"judged_share": "share", "kl_mean": "kl"})
     return pd.concat([pd.concat(parts).sort_values(["steps", "digit", "seed"]).assign(panel="study"),
