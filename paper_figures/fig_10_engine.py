@@ -72,11 +72,9 @@ def draw(rows: pd.DataFrame) -> Figure:
             colour, marker = (ORANGE, "s") if "C++" in version else (BLUE, "o")
             right.plot([mine.min(), mine.max()], [k, k], color=colour, lw=2.5, alpha=0.5, solid_capstyle="butt")
             right.plot(mine, [k] * len(mine), marker, color=colour)
-            slower = mine.max() < 1
-            right.text(mine.min() / 1.15 if slower else mine.max() * 1.15, k, f"{mine.min():.2g}-{mine.max():.2g}", va="center", fontsize=7,
-                       ha="right" if slower else "left")
+            right.text(1.15 * max(mine.max(), 1), k, f"{mine.min():.2g}-{mine.max():.2g}", va="center", fontsize=7)
         right.axvline(1, color="black", lw=0.8, ls="--")
-        right.set(xscale="log", xlabel="our rate / peer's rate, d = 1, 2, 8", title="how much faster", xlim=(0.25, 150))
+        right.set(xscale="log", xlabel="our rate / peer's rate, d = 1, 2, 8", title="how much faster", xlim=(0.5, 150))
         right.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
         right.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         right.set_yticks(range(len(PEERS)), [f"{version}, {bits} bit" for version, bits in PEERS])
