@@ -13,7 +13,8 @@
 # %% [markdown]
 # # A tour: from the paper's idea to a caught bug
 #
-# Ten minutes. *Scores as Actions* puts an **action** $a_t$ where a diffusion sampler has its score, and fine-tunes it as a stochastic control problem:
+# Ten minutes. *Scores as Actions* puts an **action** $a_t$ where a diffusion sampler has its score, and fine-tunes it as a stochastic control
+# problem:
 #
 # $$dX_t = \left[-f X_t + h\,a_t\right]dt + \eta\,g\,dB_t,\quad h = \tfrac{1+\eta^2}{2}g^2,\qquad
 # J(\theta) = \mathbb E\left[r(X_T)\right] - \lambda\,\mathbb E\int_0^T \kappa\,|a_t - s(t,X_t)|^2\,dt,\quad \kappa = \frac{h^2}{2\eta^2g^2}.$$
@@ -57,7 +58,7 @@ def draw(kl_weight=KL_WEIGHT, eta=ETA):
     problem = reference(kl_weight, eta)
     grid = problem.grid(STEPS)
     best, pre = ctrl.exact.optimum(problem, grid), problem.pretrained(grid)
-    fig, ax = plt.subplots(figsize=(7, 4))
+    _, ax = plt.subplots(figsize=(7, 4))
     noise = ctrl.Noise(seed=0, paths=12)
     for policy, color in ((pre, "C0"), (best.policy, "C3")):
         x = ctrl.simulate(problem, policy, grid, noise, trajectory=True).states
@@ -152,7 +153,7 @@ def climb(estimator, updates=20 if QUICK else 80, step=0.03, paths=4000):
 
 
 right, wrong = climb(ctrl.estimators.ScoreFunction()), climb(folded)
-fig, ax = plt.subplots(figsize=(7, 3.2))
+_, ax = plt.subplots(figsize=(7, 3.2))
 ax.plot(right, label=r"$\nabla J$")
 ax.plot(wrong, "C3", label="reward folding")
 ax.set(xlabel="update (4000 paths each)", ylabel="exact $J$", title=f"Both rise; one ends {right[-1] - wrong[-1]:.3f} lower")
@@ -163,7 +164,8 @@ plt.show()
 # ## Exercises
 #
 # 1. Set `KL_WEIGHT = 0.0` and run section 3. *Hint:* where is $e_i$ when $\lambda = 0$? Read the warning.
-# 2. Divide $u$ in `folded` by the dimension (a log-density *averaged* over dimensions, as in published code). Predict the ratio of the two score terms.
+# 2. Divide $u$ in `folded` by the dimension (a log-density *averaged* over dimensions, as in published code). Predict the ratio of the two score
+#    terms.
 #    *Hint:* the score part halves; what of $e_i$?
 # 3. Set `scale=1.0, shift=[0, 0]`: the start of training, $\mu = s$. Does `assert_unbiased` still reject `folded`? *Hint:* theory, "invisible at".
 #

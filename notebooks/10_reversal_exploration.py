@@ -17,8 +17,10 @@
 #
 # $$dX_t = \left[-fX_t + h\,s(t,X_t)\right]dt + \eta\,g\,dB_t,\qquad h = \tfrac{1+\eta^2}{2}\,g^2,$$
 #
-# has $\mathrm{law}(X_t) = p_{T-t}$; the Euler–Maruyama chain misses it by $O(D)$. **Exploration.** Sampling $a_i\sim\mathcal N(\mu,\Sigma)$ at each grid time
-# changes paths by $\mathbb E|X^{\mathrm{sampled}} - X^{\mathrm{mean}}|^2 = O(D)$, while the objective moves at once, by $-\lambda\int\kappa\,\mathrm{tr}\,\Sigma\,dt$.
+# has $\mathrm{law}(X_t) = p_{T-t}$; the Euler–Maruyama chain misses it by $O(D)$. **Exploration.** Sampling $a_i\sim\mathcal N(\mu,\Sigma)$ at
+# each grid time
+# changes paths by $\mathbb E|X^{\mathrm{sampled}} - X^{\mathrm{mean}}|^2 = O(D)$, while the objective moves at once, by
+# $-\lambda\int\kappa\,\mathrm{tr}\,\Sigma\,dt$.
 
 # %%
 import os
@@ -43,7 +45,7 @@ def line(eta, beta_max=BETA_MAX):
 
 
 def draw(steps=STEPS, beta_max=BETA_MAX):
-    fig, ax = plt.subplots(figsize=(7.5, 3.8))
+    _, ax = plt.subplots(figsize=(7.5, 3.8))
     for k, eta in enumerate(ETAS):
         problem = line(eta, beta_max)
         grid = problem.grid(steps)
@@ -65,7 +67,8 @@ interact(draw, steps=IntSlider(STEPS, min=20, max=200, step=10, continuous_updat
 # %% [markdown]
 # ## Order, and two formulas that are wrong
 #
-# Gaussian data: the law of the chain in closed form. The gain $g^2$ in the place of $h$ is the action $s\,g^2/h$; the error then does not vanish with $D$.
+# Gaussian data: the law of the chain in closed form. The gain $g^2$ in the place of $h$ is the action $s\,g^2/h$; the error then does not vanish
+# with $D$.
 # The prior start, $X_0\sim\mathcal N(0, I)$, leaves a bias of its own,
 # $\mathbb E X_T - m = -\alpha(T)^{1+\eta^2}\left(C\,C_T^{-1}\right)^{(1+\eta^2)/2}m$, $C_T = \alpha^2C + vI$.
 
@@ -79,7 +82,7 @@ def law_error(problem, grid, gain=1.0):
 
 
 N = np.array([100, 200, 400, 800, 1600])
-fig, ax = plt.subplots(figsize=(7.5, 3.6))
+_, ax = plt.subplots(figsize=(7.5, 3.6))
 orders = {}
 for k, eta in enumerate(ETAS):
     problem = replace(ctrl.zoo.gaussian_pull_2d(eta), start="exact")
@@ -125,7 +128,7 @@ square, moved = np.array(gaps).T
 
 grid = problem.grid(40)
 s, m = (ctrl.simulate(problem, p, grid, ctrl.Noise(seed=0, paths=3), trajectory=True).states for p in (sampled, mean))
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+_, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
 left.plot(grid.times, m[:, :, 0].T, "C0", lw=1)
 left.plot(grid.times, s[:, :, 0].T, "C3", lw=1)
 left.set(xlabel="$t$", ylabel="$x_1$", title="Mean (blue) and sampled actions, same $\\xi$, $N = 40$")

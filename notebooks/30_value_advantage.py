@@ -84,13 +84,14 @@ def process(policy, grid, noise, sign=-1):
     for i in range(grid.steps + 1):
         out.append(V(i, paths.states[:, i]) + sign * spent)
         if i < grid.steps:
-            spent = spent + problem.kl_weight * c.kappa[i] * c.dt[i] * np.sum((paths.actions[:, i] - problem.score(grid.times[i], paths.states[:, i])) ** 2, axis=1)
+            away = paths.actions[:, i] - problem.score(grid.times[i], paths.states[:, i])
+            spent = spent + problem.kl_weight * c.kappa[i] * c.dt[i] * np.sum(away**2, axis=1)
     return np.stack(out, axis=1)
 
 
 noise = ctrl.Noise(seed=0, paths=PATHS)
 M, wrong = process(policy, grid, noise), process(policy, grid, noise, sign=+1)
-fig, ax = plt.subplots(figsize=(7.5, 3.4))
+_, ax = plt.subplots(figsize=(7.5, 3.4))
 ax.axhline(truth.objective, color="k", lw=1, label="exact $J$")
 for values, color, label in ((M, "C0", "cost subtracted"), (wrong, "C3", "cost added")):
     increments, error = values - M[:, :1], values[:, :1].std() / np.sqrt(PATHS)
@@ -108,7 +109,8 @@ print("over all sign patterns of three steps:", exactly, " J =", ctrl.exact.eval
 # %% [markdown]
 # ## The advantage rate
 #
-# $(Q_i - V_i)/D\to q$ at order 1, while the part of $Q_i$ that depends on the action is $O(D)$: what is learned as $Q$ tells actions apart less and less.
+# $(Q_i - V_i)/D\to q$ at order 1, while the part of $Q_i$ that depends on the action is $O(D)$: what is learned as $Q$ tells actions apart less
+# and less.
 
 # %%
 x, a = np.array([[0.3, -0.4]]), np.array([[1.0, 0.5]])
@@ -120,7 +122,7 @@ for n in N:
     rise = W.action_value(i, x, a) - W(i, x)
     gap.append((rise / at.dt[i] - q(i, x, a))[0])
     collapse.append(rise[0])
-fig, ax = plt.subplots(figsize=(7.5, 3.2))
+_, ax = plt.subplots(figsize=(7.5, 3.2))
 ax.loglog(1 / N, np.abs(gap), "o-", label=r"$|(Q-V)/D - q|$")
 ax.loglog(1 / N, np.abs(collapse), "x-", color="C3", label=r"$|Q - V|$: no information left")
 ax.set(xlabel="$D$", title="$q$ is a rate")
@@ -138,9 +140,11 @@ print(f"E_pi q = {centred:.1e}; without tr Sigma it would be {-problem.kl_weight
 # %% [markdown]
 # ## Exercises
 #
-# 1. In `process`, use the value of the *pre-trained* policy. Where does the mean drift? *Hint:* $\mathbb E[V^{\mathrm{pre}}_{i+1}|X_i] \ne V^{\mathrm{pre}}_i$ under $P_\theta$.
+# 1. In `process`, use the value of the *pre-trained* policy. Where does the mean drift? *Hint:* $\mathbb E[V^{\mathrm{pre}}_{i+1}|X_i] \ne
+#    V^{\mathrm{pre}}_i$ under $P_\theta$.
 # 2. Halve every step: does `collapse` halve? *Hint:* $Q - V = D\,q + O(D^2)$.
-# 3. `draw(theta=1.0)`: whither do the paths lean, and what happens to $V$ near $x = -1$ at small $t$? *Hint:* the action pushes right wherever $\cos x > 0$.
+# 3. `draw(theta=1.0)`: whither do the paths lean, and what happens to $V$ near $x = -1$ at small $t$? *Hint:* the action pushes right wherever
+#    $\cos x > 0$.
 
 # %%
 mixture = ctrl.exact.evaluate(*cosine(-0.15))

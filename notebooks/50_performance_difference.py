@@ -13,11 +13,14 @@
 # %% [markdown]
 # # Performance difference and trust regions
 #
-# $$J(\theta') - J(\theta) = \mathbb E_{\theta'}\int_0^T q(t,X'_t,a'_t;\pi_\theta)\,dt = \sum_i\mathbb E_{\theta'}\left[Q_i^\theta(X_i,\mu'_i) - V_i^\theta(X_i)\right]$$
+# $$J(\theta') - J(\theta) = \mathbb E_{\theta'}\int_0^T q(t,X'_t,a'_t;\pi_\theta)\,dt = \sum_i\mathbb E_{\theta'}\left[Q_i^\theta(X_i,\mu'_i) -
+# V_i^\theta(X_i)\right]$$
 #
-# exactly, on the chain. With the states of $\theta$ in the place of those of $\theta'$ this is the **local surrogate** $L_\theta(\theta')$ of TRPO and PPO:
+# exactly, on the chain. With the states of $\theta$ in the place of those of $\theta'$ this is the **local surrogate** $L_\theta(\theta')$ of TRPO
+# and PPO:
 # $J(\theta') - J(\theta) - L_\theta(\theta') = O(|\theta'-\theta|^2) = O(\mathrm{KL})$. The KL is measured by the Fisher information
-# $F = \sum_i2\kappa_iD_i\,\mathbb E[(\partial\mu_i)^\top(\partial\mu_i)]$: $\mathrm{KL}(P_\theta\Vert P_{\theta+\delta}) = \tfrac12\delta^\top F\delta$,
+# $F = \sum_i2\kappa_iD_i\,\mathbb E[(\partial\mu_i)^\top(\partial\mu_i)]$: $\mathrm{KL}(P_\theta\Vert P_{\theta+\delta}) = \tfrac12\delta^\top
+# F\delta$,
 # exactly for policies linear in $\theta$.
 
 # %%
@@ -72,7 +75,7 @@ natural = np.linalg.solve(F, g)
 
 
 def draw(reach=3.0):
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, direction, name in zip(axes, (g, natural), ("gradient", "natural gradient $F^{-1}g$"), strict=True):
         direction = direction / np.sqrt(direction @ F @ direction / 2)          # one nat at size 1
         size = np.linspace(0, np.sqrt(reach), 13)
@@ -99,7 +102,8 @@ interact(draw, reach=FloatSlider(3.0, min=0.1, max=10.0, step=0.1, continuous_up
 other = START + np.array([-0.05, -0.2, 0.15])
 gain = objective(other) - objective(START)
 sides = {"advantage of θ over the states of θ'": advantage_over(other, START, other), "states of θ": advantage_over(START, START, other),
-         "advantage of θ' over its own states": advantage_over(other, other, other), "from the other side: -advantage of θ', over θ": -advantage_over(START, other, START)}
+         "advantage of θ' over its own states": advantage_over(other, other, other),
+         "from the other side: -advantage of θ', over θ": -advantage_over(START, other, START)}
 print(f"J(θ') - J(θ) = {gain:.12f}\n")
 for name, value in sides.items():
     print(f"{name:48s} {value:.12f}")
@@ -114,7 +118,7 @@ sizes = 0.05 / 2.0 ** np.arange(5)
 unit = np.array([0.3, -0.5, 0.8]) / np.linalg.norm([0.3, -0.5, 0.8])
 gaps = np.array([abs(objective(START + s * unit) - objective(START) - advantage_over(START, START, START + s * unit)) for s in sizes])
 nats = np.array([kl(START, START + s * unit) for s in sizes])
-fig, ax = plt.subplots(figsize=(7, 3.2))
+_, ax = plt.subplots(figsize=(7, 3.2))
 ax.loglog(sizes, gaps, "o-", label=f"gap of the surrogate: slope {np.log2(gaps[-2] / gaps[-1]):.3f}")
 ax.loglog(sizes, nats, "s-", label=f"KL: slope {np.log2(nats[-2] / nats[-1]):.3f}")
 ax.loglog(sizes, [s**2 * unit @ F @ unit / 2 for s in sizes], "k+", ms=12, label=r"$\frac{1}{2}\delta^\top F\delta$")
@@ -125,7 +129,8 @@ plt.show()
 # %% [markdown]
 # ## Exercises
 #
-# 1. Natural gradient steps of 0.1 nats from `START`: how many to within $10^{-3}$ of the best of the class? And plain steps of the same KL? *Hint:* scale
+# 1. Natural gradient steps of 0.1 nats from `START`: how many to within $10^{-3}$ of the best of the class? And plain steps of the same
+#    KL? *Hint:* scale
 #    each direction by $\sqrt{2\cdot0.1/\delta^\top F\delta}$.
 # 2. Drop the 2 from $F$. What becomes of a trust region of 0.1 nats? *Hint:* $\tfrac12\delta^\top F\delta$ is half of what is spent.
 # 3. `ETA = 0.5`. Is a step of the same $\delta$ nearer or farther in nats? *Hint:* $\kappa = g^2(1+\eta^2)^2/(8\eta^2)$.

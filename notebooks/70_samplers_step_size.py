@@ -14,7 +14,8 @@
 # # Deterministic samplers and step size
 #
 # At $\eta = 0$ the sampler is the probability-flow ODE: $h = \tfrac12g^2$, path measures are singular to one another, and
-# $\kappa := \tfrac12g^2$ is a *penalty*, no KL. The gradient $\mathbb E\int(\partial\mu)^\top[h\nabla V - 2\lambda\kappa(\mu-s)]\,dt$ stays, its pathwise form is
+# $\kappa := \tfrac12g^2$ is a *penalty*, no KL. The gradient $\mathbb E\int(\partial\mu)^\top[h\nabla V - 2\lambda\kappa(\mu-s)]\,dt$ stays, its
+# pathwise form is
 # exact on the chain, and score-function forms do not exist. **Step size:** for one $\theta$ in continuous time
 #
 # $$J^D\to J,\qquad \nabla J^D\to\nabla J,\qquad \mathrm{KL}^D\to\mathrm{KL}\qquad\text{at order 1 in }D,$$
@@ -49,10 +50,10 @@ def rewards(policy, steps=STEPS):
 def draw(trained=TRAINED):
     best = ctrl.exact.limit.optimum(ctrl.zoo.gaussian_pull_2d(trained))
     own = [ctrl.exact.limit.optimum(ctrl.zoo.gaussian_pull_2d(float(eta))) for eta in ETAS]
-    fig, ax = plt.subplots(figsize=(7.5, 3.6))
+    _, ax = plt.subplots(figsize=(7.5, 3.6))
     ax.plot(ETAS, rewards(best.policy), "o-", label=rf"optimum of $\eta = {trained:g}$, deployed at $\eta$")
-    ax.plot(ETAS, [ctrl.exact.limit.evaluate(ctrl.zoo.gaussian_pull_2d(float(eta)), o.policy).expected_reward for eta, o in zip(ETAS, own, strict=True)], "s--",
-            label=r"optimum of each $\eta$ itself")
+    own_rewards = [ctrl.exact.limit.evaluate(o.problem, o.policy).expected_reward for o in own]
+    ax.plot(ETAS, own_rewards, "s--", label=r"optimum of each $\eta$ itself")
     ax.plot(ETAS, rewards(ctrl.BasisPolicy.shift(ctrl.zoo.gaussian_pull_2d(), [0.0, 0.0])), "k:", label="pre-trained")
     ax.axvline(trained, color="k", lw=0.7)
     ax.set(xlabel=r"$\eta$ of the sampler", ylabel=r"$\mathbb{E}\,r(X_T)$", title="Train with one stochasticity, deploy with another")
@@ -112,7 +113,7 @@ def early(grid, by_index):
 
 
 indexed, timed = ([ctrl.exact.evaluate(problem, early(problem.grid(int(n)), by), problem.grid(int(n))).path_kl for n in N] for by in (True, False))
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+_, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
 orders = {}
 for name, gap in gaps.items():
     orders[name] = np.log2(gap[-2] / gap[-1])
@@ -129,8 +130,10 @@ plt.show()
 # ## Exercises
 #
 # 1. `draw(trained=0.0)`: where does the ODE's optimum beat the others' reward, and where not? *Hint:* its penalty is priced with another $\kappa$.
-# 2. Use $h = g^2$ at $\eta = 0$: `BasisPolicy.scaled(ode, 2 * 0.9, ...)` doubles $K$. What happens to the terminal covariance? *Hint:* the flow contracts.
-# 3. Train on $N = 10$: `exact.optimum(problem, problem.grid(10)).policy` has ten maps; hold each for four steps of $N = 40$. Regret? *Hint:* $O(D)$ of the coarse grid.
+# 2. Use $h = g^2$ at $\eta = 0$: `BasisPolicy.scaled(ode, 2 * 0.9, ...)` doubles $K$. What happens to the terminal covariance? *Hint:* the flow
+#    contracts.
+# 3. Train on $N = 10$: `exact.optimum(problem, problem.grid(10)).policy` has ten maps; hold each for four steps of $N = 40$. Regret? *Hint:*
+#    $O(D)$ of the coarse grid.
 
 # %%
 assert np.isclose(truth.objective, -2.823259551466983, rtol=1e-12) and np.isclose(truth.penalty, 0.17976855567448918, rtol=1e-12)

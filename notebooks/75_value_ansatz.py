@@ -13,7 +13,8 @@
 # %% [markdown]
 # # The value network's skeleton
 #
-# $$V_\phi(t,x) = c_{\mathrm{skip}}(t)\,r(\hat x_0(t,x)) + c_{\mathrm{out}}(t)\,F_\phi(t,x),\qquad \hat x_0 = \frac{x + v\,s(t,x)}{\alpha}\ \text{(Tweedie)},\qquad
+# $$V_\phi(t,x) = c_{\mathrm{skip}}(t)\,r(\hat x_0(t,x)) + c_{\mathrm{out}}(t)\,F_\phi(t,x),\qquad \hat x_0 = \frac{x + v\,s(t,x)}{\alpha}\
+# \text{(Tweedie)},\qquad
 # c_{\mathrm{skip}}(T) = 1,\ c_{\mathrm{out}}(T) = 0.$$
 #
 # Why it fits: for the pre-trained policy at $\eta = 1$, Gaussian data $\mathcal N(m, C)$ and a quadratic reward,
@@ -54,7 +55,7 @@ def draw(t=TIME, eta=ETA):
     x = np.stack([np.linspace(-2.5, 2.5, 80), np.zeros(80)], axis=1)
     V, bridge = value(problem)(t, x), Bridge.of(problem, t)
     time_only = -0.5 * np.trace(problem.reward.matrix @ bridge.Gamma)
-    fig, ax = plt.subplots(figsize=(7.5, 3.8))
+    _, ax = plt.subplots(figsize=(7.5, 3.8))
     ax.plot(x[:, 0], V, "k", lw=2.5, label="$V(t, x)$")
     ax.plot(x[:, 0], problem.reward.value(denoised(problem, t, x)), "C0", label=r"$r(\hat x_0)$, Tweedie")
     ax.plot(x[:, 0], problem.reward.value(bridge.centre(x)), "C2--", label=r"$r(\mathbb{E}_\eta[X_T|x])$")
@@ -68,12 +69,14 @@ def draw(t=TIME, eta=ETA):
 draw()
 
 # %%
-interact(draw, t=FloatSlider(TIME, min=0.0, max=0.95, step=0.05, continuous_update=False), eta=FloatSlider(ETA, min=0.25, max=1.5, step=0.25, continuous_update=False));
+interact(draw, t=FloatSlider(TIME, min=0.0, max=0.95, step=0.05, continuous_update=False),
+         eta=FloatSlider(ETA, min=0.25, max=1.5, step=0.25, continuous_update=False));
 
 # %% [markdown]
 # ## How much of $V$ the skeleton leaves to the network
 #
-# Standard deviation of $V - r(\hat x_0)$ over $X_t\sim p_{T-t}$, as a share of that of $V$: 0 at $\eta = 1$; without the $1/\alpha$, nothing is left of it.
+# Standard deviation of $V - r(\hat x_0)$ over $X_t\sim p_{T-t}$, as a share of that of $V$: 0 at $\eta = 1$; without the $1/\alpha$, nothing is
+# left of it.
 
 # %%
 times = np.linspace(0.05, 0.95, 19)
@@ -94,7 +97,7 @@ def without_alpha(problem, t, x):
 
 curves = {rf"$\hat x_0$, $\eta = {eta:g}$": left_over(eta, denoised) for eta in (0.5, 1.0, 1.5)}
 curves[r"$\hat x_0$ without $1/\alpha$, $\eta = 1$"] = left_over(1.0, without_alpha)
-fig, ax = plt.subplots(figsize=(7.5, 3.2))
+_, ax = plt.subplots(figsize=(7.5, 3.2))
 for name, share in curves.items():
     ax.plot(times, share, label=name)
 ax.set(xlabel="$t$", ylabel="share left over", ylim=(0, 1.6), title="What is left for $F_\\phi$")
@@ -104,7 +107,8 @@ plt.show()
 # %% [markdown]
 # ## Learning it from few paths
 #
-# A mixture on the line: regress the returns of `FEW` paths on $(1, x, x^2, x^3)$, with and without $r(\hat x_0)$ taken off first. Error against the exact
+# A mixture on the line: regress the returns of `FEW` paths on $(1, x, x^2, x^3)$, with and without $r(\hat x_0)$ taken off first. Error against
+# the exact
 # $V_i$ of the chain, root mean square over $X_i$.
 
 # %%
@@ -125,7 +129,7 @@ for i in at:
             fit = np.linalg.lstsq(features[part], paths.reward[part] - off[part], rcond=None)[0]
             squares.append(np.mean((features @ fit + off - truth) ** 2))
         errors[name].append(np.sqrt(np.median(squares)))
-fig, ax = plt.subplots(figsize=(7.5, 3.2))
+_, ax = plt.subplots(figsize=(7.5, 3.2))
 for name, values in errors.items():
     ax.semilogy(grid.times[at], values, "o-", label=name)
 ax.set(xlabel="$t$", ylabel="error of $V$", title=f"Median of {REPEATS} fits to {FEW} paths each")
@@ -136,15 +140,18 @@ plt.show()
 # ## Exercises
 #
 # 1. `draw(t=0.0)`: why are $V$ and $r(\hat x_0)$ flat there? *Hint:* memoryless: $X_0$ says nothing of $X_T$.
-# 2. In `draw`, use the covariance of $\eta = 1$, `Bridge.of(ctrl.zoo.gaussian_pull_2d(), t).Gamma`, at $\eta = 0.5$. Which curve misses $V$, and by what? *Hint:* $\mathrm{Cov}_\eta = C(I - (\alpha^2CC_\tau^{-1})^{\eta^2})$.
-# 3. Put $c_{\mathrm{skip}}$ at the wrong end: take off $(1 - t)\,r(\hat x_0)$ in the last experiment. Where does it hurt? *Hint:* at $t = T$, $V = r$.
+# 2. In `draw`, use the covariance of $\eta = 1$, `Bridge.of(ctrl.zoo.gaussian_pull_2d(), t).Gamma`, at $\eta = 0.5$. Which curve misses $V$, and
+#    by what? *Hint:* $\mathrm{Cov}_\eta = C(I - (\alpha^2CC_\tau^{-1})^{\eta^2})$.
+# 3. Put $c_{\mathrm{skip}}$ at the wrong end: take off $(1 - t)\,r(\hat x_0)$ in the last experiment. Where does it hurt? *Hint:* at $t = T$, $V =
+#    r$.
 
 # %%
 reference = ctrl.zoo.gaussian_pull_2d()
 x = reference.marginal(0.5).sample(ctrl.Noise(seed=1, paths=100))
 tau = reference.schedule.tau(0.5)
 cov = np.linalg.inv(np.linalg.inv(reference.data.cov) + reference.schedule.alpha(tau) ** 2 / reference.schedule.v(tau) * np.eye(2))
-assert np.allclose(value(reference)(0.5, x) - reference.reward.value(denoised(reference, 0.5, x)), -0.5 * np.trace(reference.reward.matrix @ cov), rtol=1e-9)
+gap = value(reference)(0.5, x) - reference.reward.value(denoised(reference, 0.5, x))
+assert np.allclose(gap, -0.5 * np.trace(reference.reward.matrix @ cov), rtol=1e-9)
 for eta in (0.5, 1.5):
     other = ctrl.zoo.gaussian_pull_2d(eta)
     bridge = Bridge.of(other, 0.5)

@@ -71,7 +71,7 @@ def draw(explicit=1.0, power=0.5, baseline=BASELINE):
     at = setting()
     truth, found = ctrl.exact.evaluate(*at).gradient.theta, mine(*at, ctrl.Noise(seed=0, paths=PATHS), baseline, explicit, power)
     exactly = mine(*at, ctrl.Noise.signs(*at), baseline, explicit, power).mean
-    fig, ax = plt.subplots(figsize=(7.5, 3.4))
+    _, ax = plt.subplots(figsize=(7.5, 3.4))
     k = np.arange(truth.size)
     ax.bar(k, truth, width=0.7, color="0.85", label=r"exact $\nabla J$")
     ax.plot(k, exactly, "C3_", ms=26, mew=2, label=f"yours, {2 ** 8} sign patterns: exact expectation")
@@ -122,7 +122,8 @@ truth = ctrl.exact.evaluate(*at).gradient.theta
 found = mine(*at, ctrl.Noise(seed=1, paths=PATHS))
 ctrl.testing.assert_mean(found.samples, truth, resolves=0.5 * np.linalg.norm(truth))
 print(f"largest |z| = {np.max(np.abs(found.mean - truth) / found.standard_error):.2f} on {PATHS} paths, N = 20")
-print(f"trace of one path's covariance: {np.trace(found.covariance):.1f}; without the baseline {np.trace(mine(*at, ctrl.Noise(1, PATHS), 0.0).covariance):.1f}")
+without = mine(*at, ctrl.Noise(seed=1, paths=PATHS), baseline=0.0)
+print(f"trace of one path's covariance: {np.trace(found.covariance):.1f}; without the baseline {np.trace(without.covariance):.1f}")
 
 # %% [markdown]
 # ## Beside all others
@@ -132,7 +133,8 @@ print(f"trace of one path's covariance: {np.trace(found.covariance):.1f}; withou
 #
 # ## Exercises
 #
-# 1. Use the batch's own mean, `to_go.mean()`, as the baseline. The sign patterns see nothing; why? *Hint:* over all patterns that mean is a constant. In
+# 1. Use the batch's own mean, `to_go.mean()`, as the baseline. The sign patterns see nothing; why? *Hint:* over all patterns that mean is a
+#    constant. In
 #    a random batch of $n$ paths the score part shrinks by $1 - 1/n$: batch statistics are for `assert_mean`.
 # 2. Set `ETA = 1.0` and write `np.sqrt(c.g2[i])` in the place of $h/(\eta g)$. Is it caught? At `ETA = 0.7`? *Hint:* $h = g^2$ at $\eta = 1$.
 # 3. Move `to_go -= ...` before `add_vjp`. The mean does not change; why? *Hint:* cost$_i$ is known at $X_i$; it is a baseline.

@@ -1,7 +1,7 @@
 """Notebooks from their sources: python -m notebooks.build [NAME ...] runs NAME.py (percent format; all of them by default) and writes NAME.ipynb.
 
-The .py is the source, the executed .ipynb beside it is what people look at. What would change from run to run is left out (times, versions, random cell
-names), and so are widgets, which need a kernel: the same picture stands above them as an image.
+The .py is the source, the executed .ipynb beside it is what people look at. What would change from run to run is left out (times, versions,
+random cell names), and so are widgets, which need a kernel: the same picture stands above them as an image.
 """
 
 from __future__ import annotations
