@@ -74,8 +74,9 @@ class QLearning(Algorithm):
         theta <- theta + step * 1/n sum_paths sum_i (d mu_i)'( D_i h_i g_i(X_i) - 2 lambda kappa_i D_i (mu_i - s_i) )
 
     exploration : Sigma = exploration^2 I of the behaviour; its covariance is known, only the mean is learned; judged by the mean action's J
-    g is affine in x, step by step (in its own coordinate alone where the critic's features are without products). The sampler is a black box: g comes from the actions' own noise. V's change over a step is O(sqrt(D)), so
-    that the update's variance settles as N grows, where whole returns times the actions' score (`ActionNoise`) grow like N. Every eta.
+    g is affine in x, step by step (each coordinate in its own alone where the critic's features are without products). The sampler is a black
+    box: g comes from the actions' own noise. V's change over a step is O(sqrt(D)), so that the update's variance settles as N grows, where whole
+    returns times the actions' score (`ActionNoise`) grow like N. Every eta.
     Source: Jia and Zhou, q-learning in continuous time; theory.md, sections 6 and 10.
     Checked: tests/test_learn.py::test_q_learning_is_the_gradient_of_sampled_actions,
     tests/test_learn.py::test_the_spread_of_q_learning_settles_where_that_of_whole_returns_grows
