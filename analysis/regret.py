@@ -313,4 +313,6 @@ def main(study: Study) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study))
+    from analysis import regret as named  # where other processes find what is cached here, which they cannot be sent
+
+    named.main(tyro.cli(named.Study))
