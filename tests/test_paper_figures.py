@@ -79,6 +79,8 @@ PLANTED = [
      ["largest |V - posterior mean of r|, N = 160"]),
     ("fig_08_ansatz", "skeleton and plain exchanged", lambda rows: rows.replace({"curve": {"plain": "skeleton", "skeleton": "plain"}}),
      ["rms error, skeleton : plain, 256 paths", "floor, skeleton : plain"]),
+    ("fig_09_regret", "a bias that a race on reward would not show", scaled(lambda r: r.algorithm == "NaturalGradient", "median", 100.0),
+     ["left (%), reference, NaturalGradient", "rank of NaturalGradient, both"]),
     ("fig_10_engine", "float32 against float64", scaled(lambda r: r.bits == 64, "ratio", 2.0),
      ["NumPy, float64, d = 1", "C++ Philox, float64, d = 8"]),
     ("fig_10_engine", "a law that is off", scaled(lambda r: r.version == "NumPy", "largest_z", 10.0), ["largest z of a law"]),
