@@ -20,7 +20,7 @@
 # J(\theta) = \mathbb E\left[r(X_T)\right] - \lambda\,\mathbb E\int_0^T \kappa\,|a_t - s(t,X_t)|^2\,dt,\quad \kappa = \frac{h^2}{2\eta^2g^2}.$$
 #
 # $a = s$, the score of the noised data, generates the data; any other $a$ pays for its distance in nats. Below: the problem, its exact optimum,
-# its exact gradient, and a common gradient estimator that is wrong by more than a quarter and trains smoothly.
+# its exact gradient, and a common gradient estimator that is wrong by more than a quarter, under which the reward rises all the better.
 
 # %%
 import os
@@ -77,7 +77,7 @@ draw()
 # %% [markdown]
 # Twelve paths of each, on the same noise. With a live kernel, drag: a small $\lambda$ lets the optimum run to the star.
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, kl_weight=FloatSlider(KL_WEIGHT, min=0.1, max=3.0, step=0.1, continuous_update=False),
          eta=FloatSlider(ETA, min=0.0, max=1.5, step=0.25, continuous_update=False));
 
@@ -139,25 +139,27 @@ except AssertionError as error:
 print(caught)
 
 # %% [markdown]
-# It names the suspect. Now see why training does not show it: gradient ascent on both, judged by the exact $J$.
+# It names the suspect. Training does not: ascend with both on a constant shift. The reward, which one watches, rises all the better; the objective falls.
 
 
 # %%
-def climb(estimator, updates=20 if QUICK else 80, step=0.03, paths=4000):
-    """theta <- theta + step * estimate; after each update the exact J."""
-    at, coarse, curve = policy, problem.grid(20), []
+def climb(estimator, updates=20 if QUICK else 50, step=0.03, paths=4000):
+    """theta <- theta + step * estimate; before each update the exact E r and J."""
+    at, coarse, curve = ctrl.BasisPolicy.shift(problem, [0.1, 0.1]), problem.grid(20), []
     for k in range(updates):
-        curve.append(ctrl.exact.evaluate(problem, at, coarse).objective)
+        now = ctrl.exact.evaluate(problem, at, coarse)
+        curve.append((now.expected_reward, now.objective))
         at = at.with_theta(at.theta + step * estimator(problem, at, coarse, ctrl.Noise(seed=k, paths=paths)).mean)
     return np.array(curve)
 
 
 right, wrong = climb(ctrl.estimators.ScoreFunction()), climb(folded)
-_, ax = plt.subplots(figsize=(7, 3.2))
-ax.plot(right, label=r"$\nabla J$")
-ax.plot(wrong, "C3", label="reward folding")
-ax.set(xlabel="update (4000 paths each)", ylabel="exact $J$", title=f"Both rise; one ends {right[-1] - wrong[-1]:.3f} lower")
-ax.legend(loc="lower right")
+_, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+for ax, k, name in zip(axes, (0, 1), (r"exact $\mathbb{E}\,r(X_N)$", "exact $J$"), strict=True):
+    ax.plot(right[:, k], label=r"$\nabla J$")
+    ax.plot(wrong[:, k], "C3", label="reward folding")
+    ax.set(xlabel="update (4000 paths each)", title=name)
+axes[1].legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
@@ -179,4 +181,4 @@ if (ETA, KL_WEIGHT, STEPS) == (1.0, 0.5, 100):
     assert np.allclose(truth.gradient.theta, [5.467255574706948, -3.017229320141546, -0.2482680655707115], rtol=1e-11)
     assert np.isclose(ctrl.exact.optimum(problem, grid).objective, -1.3921577814829753, rtol=1e-12)
 assert np.allclose(estimate.mean, exact_gradient, rtol=1e-10)
-assert "biased" in caught and wrong[-1] < right[-1]
+assert "biased" in caught and wrong[-1, 0] > right[-1, 0] and wrong[-1, 1] < right[-1, 1]

@@ -60,7 +60,7 @@ def draw(steps=STEPS, beta_max=BETA_MAX):
 
 draw()
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, steps=IntSlider(STEPS, min=20, max=200, step=10, continuous_update=False),
          beta_max=FloatSlider(BETA_MAX, min=4.0, max=20.0, step=2.0, continuous_update=False));
 

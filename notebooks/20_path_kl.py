@@ -67,7 +67,7 @@ def draw(eta=ETA, scale=SCALE, shift=SHIFT):
 
 draw()
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, eta=FloatSlider(ETA, min=0.25, max=1.5, step=0.25, continuous_update=False),
          scale=FloatSlider(SCALE, min=0.7, max=1.3, step=0.05, continuous_update=False), shift=FloatSlider(SHIFT, min=0.0, max=0.5, step=0.05,
                                                                                                            continuous_update=False));

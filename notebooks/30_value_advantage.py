@@ -60,7 +60,7 @@ def draw(theta=THETA, eta=1.0):
 
 draw()
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, theta=FloatSlider(THETA, min=-1.5, max=1.0, step=0.25, continuous_update=False),
          eta=FloatSlider(1.0, min=0.5, max=1.5, step=0.25, continuous_update=False));
 

@@ -83,7 +83,7 @@ draw()
 # %% [markdown]
 # Blue: unbiased, to rounding. Red: formulas that people write. Drag $\lambda$ to 0: (A), (B), (C) and the KL losses turn right, for there is no KL.
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, eta=FloatSlider(ETA, min=0.25, max=1.5, step=0.25, continuous_update=False),
          kl_weight=FloatSlider(KL_WEIGHT, min=0.0, max=2.0, step=0.25, continuous_update=False), steps=IntSlider(STEPS, min=1, max=4,
                                                                                                                  continuous_update=False));

@@ -92,7 +92,7 @@ def draw(reach=3.0):
 
 draw()
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, reach=FloatSlider(3.0, min=0.1, max=10.0, step=0.1, continuous_update=False));
 
 # %% [markdown]
@@ -122,6 +122,8 @@ _, ax = plt.subplots(figsize=(7, 3.2))
 ax.loglog(sizes, gaps, "o-", label=f"gap of the surrogate: slope {np.log2(gaps[-2] / gaps[-1]):.3f}")
 ax.loglog(sizes, nats, "s-", label=f"KL: slope {np.log2(nats[-2] / nats[-1]):.3f}")
 ax.loglog(sizes, [s**2 * unit @ F @ unit / 2 for s in sizes], "k+", ms=12, label=r"$\frac{1}{2}\delta^\top F\delta$")
+ax.set_xticks(sizes, [f"{s:g}" for s in sizes])
+ax.minorticks_off()
 ax.set(xlabel=r"$|\theta' - \theta|$", title="Second order, both")
 ax.legend()
 plt.show()

@@ -61,7 +61,7 @@ def draw(kl_weight=KL_WEIGHT, beta_max=BETA_MAX):
 
 draw()
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, kl_weight=FloatSlider(KL_WEIGHT, min=0.1, max=2.0, step=0.1, continuous_update=False),
          beta_max=FloatSlider(BETA_MAX, min=1.0, max=20.0, step=1.0, continuous_update=False));
 
@@ -100,6 +100,8 @@ _, ax = plt.subplots(figsize=(7, 3))
 ax.semilogx(1 / N, [o.objective for o, _ in pairs], "o-", label="(i) means free: $J^*$")
 ax.semilogx(1 / N, [d.objective for _, d in pairs], "s-", label="(ii) kernels free: Doob")
 ax.axhline(limit.objective, color="k", ls=":", label=f"continuous time {limit.objective:.6f}")
+ax.set_xticks(1 / N, [f"1/{n}" for n in N])
+ax.minorticks_off()
 ax.set(xlabel="$D$", ylabel="objective", title=f"They part at order {np.log2(difference[-2] / difference[-1]):.3f} in $D$")
 ax.legend()
 plt.show()

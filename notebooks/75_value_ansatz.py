@@ -68,7 +68,7 @@ def draw(t=TIME, eta=ETA):
 
 draw()
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, t=FloatSlider(TIME, min=0.0, max=0.95, step=0.05, continuous_update=False),
          eta=FloatSlider(ETA, min=0.25, max=1.5, step=0.25, continuous_update=False));
 

@@ -83,6 +83,9 @@ def draw(step=0.25, seed=1, racer="score function"):
     plt.show()
 
 
+draw()
+
+# %% tags=["skip-execution"]
 interact(draw, step=FloatLogSlider(0.25, min=-3, max=1, step=0.25, continuous_update=False), seed=IntSlider(1, min=0, max=9), racer=list(racers));
 
 # %% [markdown]

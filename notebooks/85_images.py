@@ -99,8 +99,8 @@ def draw(digit=DIGIT):
     plt.show()
 
 
-if not QUICK:
-    interact(draw, digit=IntSlider(DIGIT, min=0, max=9, continuous_update=False));
+# %% tags=["skip-execution"]
+interact(draw, digit=IntSlider(DIGIT, min=0, max=9, continuous_update=False));
 
 # %% [markdown]
 # ## Exercises

@@ -88,7 +88,7 @@ draw()
 # Drag `explicit` from 1 to 0: the term $e_i$ fades out, and the random paths need luck to see what the sign patterns see at once. `power` is that of
 # $D$ in $\sigma_i$; at 0 the root of $D$ is missing. `baseline` moves the error bars only.
 
-# %%
+# %% tags=["skip-execution"]
 interact(draw, explicit=FloatSlider(1.0, min=0.0, max=1.0, step=0.1, continuous_update=False),
          power=FloatSlider(0.5, min=0.0, max=1.0, step=0.25, continuous_update=False),
          baseline=FloatSlider(BASELINE, min=-10, max=10, step=1, continuous_update=False));

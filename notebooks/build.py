@@ -1,7 +1,8 @@
 """Notebooks from their sources: python -m notebooks.build [NAME ...] runs NAME.py (percent format; all of them by default) and writes NAME.ipynb.
 
 The .py is the source, the executed .ipynb beside it is what people look at. What would change from run to run is left out (times, versions,
-random cell names), and so are widgets, which need a kernel: the same picture stands above them as an image.
+random cell names). Cells with sliders, tagged skip-execution, are for readers with a kernel: the same picture stands above them, and executing widgets
+without a browser blocks now and then (nbclient issue 312).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-WIDGET = "application/vnd.jupyter.widget-view+json"
+FOR_READERS = "skip-execution"  # the tag that nbclient leaves out
 
 
 def sources() -> list[Path]:
@@ -36,10 +37,6 @@ def read(source: Path) -> nbformat.NotebookNode:
 def executed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook with the outputs of a fresh kernel."""
     NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(HERE)}}).execute()
-    notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     return notebook
 
 
@@ -49,7 +46,7 @@ def faults(notebook: nbformat.NotebookNode, source: nbformat.NotebookNode) -> li
     found = [f"cell {k}: differs from the source" for k, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]]
     if len(mine) != len(theirs):
         found.append(f"{len(theirs)} cells, {len(mine)} in the source")
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and FOR_READERS not in cell.metadata.get("tags", [])]
     found += [f"{cell.id}: not executed" for cell in code if cell.execution_count is None]
     found += [f"{cell.id}: an error" for cell in code for output in cell.outputs if output.output_type == "error"]
     if not any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs):
