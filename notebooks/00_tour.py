@@ -139,7 +139,8 @@ except AssertionError as error:
 print(caught)
 
 # %% [markdown]
-# It names the suspect. Training does not: ascend with both on a constant shift. The reward, which one watches, rises all the better; the objective falls.
+# It names the suspect. Training does not: ascend with both on a constant shift. The reward, which one watches, rises all the better; the objective
+# falls.
 
 
 # %%

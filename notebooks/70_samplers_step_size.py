@@ -64,8 +64,10 @@ def draw(trained=TRAINED):
 draw()
 
 # %% [markdown]
-# As $\eta\to0$, $\kappa = g^2(1+\eta^2)^2/(8\eta^2)\to\infty$: the same $\lambda$ buys less, and the optimum stays near the pre-trained model. At $\eta = 0$
-# itself the penalty is priced anew, hence the jump. The action trained at one $\eta$ keeps its reward at all of them, up to the reward gap of the paths.
+# As $\eta\to0$, $\kappa = g^2(1+\eta^2)^2/(8\eta^2)\to\infty$: the same $\lambda$ buys less, and the optimum stays near the pre-trained model. At
+# $\eta = 0$
+# itself the penalty is priced anew, hence the jump. The action trained at one $\eta$ keeps its reward at all of them, up to the reward gap of the
+# paths.
 
 # %% tags=["skip-execution"]
 interact(draw, trained=FloatSlider(TRAINED, min=0.0, max=1.5, step=0.25, continuous_update=False));

@@ -1,7 +1,7 @@
 """Notebooks from their sources: python -m notebooks.build [NAME ...] runs NAME.py (percent format; all of them by default) and writes NAME.ipynb.
 
 The .py is the source, the executed .ipynb beside it is what people look at. What would change from run to run is left out (times, versions,
-random cell names). Cells with sliders, tagged skip-execution, are for readers with a kernel: the same picture stands above them, and executing widgets
+random cell names). Cells with sliders, tagged skip-execution, are for readers with a kernel: the same picture stands above them, and running widgets
 without a browser blocks now and then (nbclient issue 312).
 """
 
