@@ -125,6 +125,8 @@ for n in N:
 _, ax = plt.subplots(figsize=(7.5, 3.2))
 ax.loglog(1 / N, np.abs(gap), "o-", label=r"$|(Q-V)/D - q|$")
 ax.loglog(1 / N, np.abs(collapse), "x-", color="C3", label=r"$|Q - V|$: no information left")
+ax.set_xticks(1 / N, [f"1/{n}" for n in N])
+ax.minorticks_off()
 ax.set(xlabel="$D$", title="$q$ is a rate")
 ax.legend()
 plt.show()

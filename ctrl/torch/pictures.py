@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from torch import Tensor
 
 from ctrl.torch.chain import simulate
@@ -30,14 +29,14 @@ def before_and_after(task: Task, policy: Policy, pretrained: Policy, settings: S
     sets = [("pre-trained", "before", pretrained), ("fine-tuned", "after", policy)]
     tiles = [(title, name, tile(task.decode(simulate(task.problem, model, grid, noise, task.context(64)).terminal))) for title, name, model in sets]
     for _, name, picture in tiles:
-        plt.imsave(out / f"{name}.png", _enlarged(picture), cmap="gray", vmin=0, vmax=1)
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.8), layout="constrained")
+        imsave(out / f"{name}.png", _enlarged(picture), cmap="gray", vmin=0, vmax=1)
+    figure = Figure(figsize=(7, 3.8), layout="constrained")  # no pyplot, so that a notebook keeps its backend
+    axes = figure.subplots(1, 2)
     for axis, (title, _, picture) in zip(axes, tiles, strict=True):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{title}, same noise")
         axis.set(xticks=[], yticks=[])  # not set_axis_off: the layout would leave no room for the titles
     figure.savefig(out / "before_after.png", dpi=150)
-    plt.close(figure)
 
 
 def tile(images: Tensor, columns: int = 8) -> np.ndarray:
@@ -69,7 +68,8 @@ def learning_curves(rows: list[dict[str, float]], summary: dict[str, Any], path:
     if best:
         panels.append(("regret", "regret J* - J (reward units)", "regret", 0.0))
     panels.append(("kl_mean", "path KL (nats per image)", "kl_mean", best.get("kl")))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), layout="constrained", sharex=True)
+    figure = Figure(figsize=(3.4 * len(panels), 3), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True)
     for axis, (name, label, key, optimum) in zip(np.atleast_1d(axes), panels, strict=True):
         values = np.array([best["objective"] - row["objective"] if name == "regret" else row[name] for row in rows])
         axis.plot(queries, values, color=BLUE, alpha=0.35, lw=0.8)
@@ -84,7 +84,6 @@ def learning_curves(rows: list[dict[str, float]], summary: dict[str, Any], path:
         axis.set_ylabel(label)
         axis.legend(fontsize=6, frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
