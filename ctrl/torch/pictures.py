@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
