@@ -233,6 +233,7 @@ def test_prompts_are_a_context():
     prompts = Prompts(("a", "b", "c"), (torch.arange(3.0).reshape(3, 1, 1), torch.arange(3.0)[:, None]))
     assert prompts.cycled(5).texts == ("a", "b", "c", "a", "b")
     assert [x.flatten().tolist() for x in prompts.cycled(5).read] == [[0, 1, 2, 0, 1]] * 2
+    assert prompts.cycled(2, first=2).texts == ("c", "a")
     assert prompts[1:].texts == ("b", "c") and prompts[1:].repeated(2).texts == ("b", "b", "c", "c")
     assert [x.flatten().tolist() for x in prompts[1:].repeated(2).read] == [[1, 1, 2, 2]] * 2
     assert prompts_of(("cat", "dog"), "a photo of a {}") == ("a photo of a cat", "a photo of a dog")
@@ -328,6 +329,22 @@ def test_a_stopped_run_goes_on(latent, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_every_prompt_is_asked(latent, tmp_path):
+    """More prompts than paths: the next update goes on where the last one ended; and a run knows its prompts by what they say."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join("abcde"))
+    run = settings(latent, tmp_path / "run", paths=2, prompts=(str(file),), method=ScoreFunction())
+    training = Training(prepare(run), run, Alone(torch.device("cpu")))
+    asked = []
+    training.problem = replace(training.problem, reward=lambda x, context: asked.extend(context.texts) or x.flatten(1).mean(1))
+    for _ in range(3):
+        training.update()
+    assert asked == ["a", "b", "c", "d", "e", "a"]
+    before = run.identity()
+    file.write_text("another")
+    assert before["prompts"] == list("abcde") and run.identity() != before
+
+
 def test_unconditional_pipelines(pixels, tmp_path):
     """Pixels and no prompts; an adapter is merged, as there is nothing that loads it; a yardstick where it is asked for."""
     summary = finetune(settings(pixels, tmp_path / "run", reference_samples=32, reference_steps=4, lora_rank=2, lora_targets=("to_q", "to_k")))
@@ -351,6 +368,9 @@ def test_pipelines_that_are_refused(latent, pixels, tmp_path):
         Pretrained.load(str(latent))
     with pytest.raises(ValueError, match="prompts: expected none for a DDPMPipeline, got 1"):
         Pretrained.load(str(pixels), ["a"])
+    for count in (3, 2):  # no multiple of two prompts; one sample of each
+        with pytest.raises(ValueError, match=f"reference_samples: expected 0 or a multiple of 2 prompts, at least two of each, got {count}"):
+            prepare(settings(latent, tmp_path / "run", reference_samples=count, **PROMPTED))
     with pytest.raises(ValueError, match="pipeline: expected a folder or an id of a diffusers pipeline with safetensors, got"):
         Pretrained.load(str(tmp_path))
     with pytest.raises(ValueError, match="reward: expected one that needs no classes with a pipeline"):

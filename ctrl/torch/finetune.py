@@ -133,7 +133,7 @@ class Training:
     def _sample(self, k: int) -> Run:
         rank, world, n = self.accelerator.process_index, self.accelerator.num_processes, self.settings.paths
         part = slice(rank * n // world, (rank + 1) * n // world)
-        noise, context = self.settings.noise(k, n)[part], rows(self.task.context(n), part)
+        noise, context = self.settings.noise(k, n)[part], rows(self.task.context(n, k * n), part)
         run = sample(self.problem, self.policy, self.grid, noise, context, joined=self.accelerator.gather)
         return replace(run, at_once=self.settings.at_once)
 
@@ -142,7 +142,7 @@ class Training:
         unrewarded = replace(self.problem, reward=lambda x, context: 0 * x.flatten(1).sum(1))  # NaN where a pixel is not finite
         try:
             paths = simulate(unrewarded, self.policy, self.grid, self.settings.noise(self.iteration, self.settings.paths),
-                             self.task.context(self.settings.paths))
+                             self.task.context(self.settings.paths, self.iteration * self.settings.paths))
         except FloatingPointError:
             return False
         return bool(paths.penalty.isfinite().all())

@@ -45,9 +45,9 @@ class Prompts:
         """Each for k times in a row."""
         return Prompts(tuple(text for text in self.texts for _ in range(k)), tuple(x.repeat_interleave(k, dim=0) for x in self.read))
 
-    def cycled(self, n: int) -> Prompts:
-        """One for each of n paths, in turn."""
-        at = [j % len(self) for j in range(n)]
+    def cycled(self, n: int, first: int = 0) -> Prompts:
+        """One for each of the n paths from number `first` on, in turn."""
+        at = [j % len(self) for j in range(first, first + n)]
         return Prompts(tuple(self.texts[j] for j in at), tuple(x[at] for x in self.read))
 
     def to(self, *where: Any) -> Prompts:

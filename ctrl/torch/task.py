@@ -191,6 +191,7 @@ class Settings:
         named: dict[str, list[Any]] = {name: [type(part).__name__, asdict(part)] for name, part in (("method", self.method), ("reward", self.reward))}
         if isinstance(self.reward, UserReward):
             named["reward"].append(self.reward.digest())
+        named["prompts"] = list(prompts_of(self.prompts, self.prompt_template))  # whatever their file is called, and says later
         fields = {name: value for name, value in asdict(self).items() if name not in self.elsewhere}
         return json.loads(json.dumps({**fields, **named}, default=str))
 
@@ -215,9 +216,9 @@ class Task:
     prompts: Prompts | None = None
     decode: Decoded = field(default_factory=Decoded)
 
-    def context(self, paths: int) -> Prompts | None:
-        """The prompts of so many paths, in turn."""
-        return None if self.prompts is None else self.prompts.cycled(paths)
+    def context(self, paths: int, first: int = 0) -> Prompts | None:
+        """The prompts of so many paths from number `first` on, in turn."""
+        return None if self.prompts is None else self.prompts.cycled(paths, first)
 
     def judged(self, images: Tensor) -> Tensor | None:
         """Whether the judge sees the wanted class, (n,), bool."""
@@ -272,6 +273,9 @@ def _of_pipeline(settings: Settings, device: torch.device | str) -> Task:
     assert settings.pipeline is not None
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
     found = Pretrained.load(settings.pipeline, prompts_of(settings.prompts, settings.prompt_template), settings.guidance, autocast, device)
+    asked = 1 if found.prompts is None else len(found.prompts)
+    if settings.kl_weight > 0 and (settings.reference_samples % asked or 0 < settings.reference_samples < 2 * asked):
+        raise ValueError(f"reference_samples: expected 0 or a multiple of {asked} prompts, at least two of each, got {settings.reference_samples}")
     reward = OfImages(_unlabelled(settings.reward), found.decode)
     problem = Problem(found.schedule, found.base, reward, found.shape, settings.kl_weight, settings.eta)
     return Task(None, problem, found.base, None, None, torch.empty(0, *found.shape), found.prompts, found.decode)
