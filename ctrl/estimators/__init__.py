@@ -67,3 +67,4 @@ from ctrl.estimators.reshaped import NaturalGradient as NaturalGradient
 from ctrl.estimators.reshaped import OneRandomStep as OneRandomStep
 from ctrl.estimators.reshaped import fisher as fisher
 from ctrl.estimators.reshaped import information as information
+from ctrl.estimators.reshaped import weighted_information as weighted_information

@@ -123,7 +123,21 @@ def fisher(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike) -
     for run in runs(problem, policy, grid, noise):
         w = np.full(len(run.states), 1 / noise.paths) if noise.weights is None else noise.weights[first : first + len(run.states)]
         first += len(w)
-        F += sum(np.tensordot(w, information(problem, policy, grid, i, x), axes=1) for i, x in enumerate(run.left))
+        F += weighted_information(run, w)
+    return F
+
+
+def weighted_information(run: Run, w: Array) -> Array:
+    r"""The Fisher information on paths that are there already, weighted by w (n,): (p, p), without a matrix for every path.
+
+        sum_i 2 kappa_i D_i sum_paths w (d mu_i)'(d mu_i)
+
+    Source: theory.md, section 8.   Checked: tests/test_estimators_reshaped.py::test_fisher_is_the_covariance_of_the_score
+    """
+    c, rows, F = run.coefficients, np.repeat(w, run.problem.dim)[:, None], np.zeros((run.policy.theta.size,) * 2)
+    for i, x in enumerate(run.left):
+        slope = run.policy.jacobian_theta(run.grid, i, x).reshape(len(rows), -1)
+        F += 2 * c.kappa[i] * c.dt[i] * slope.T @ (rows * slope)
     return F
 
 

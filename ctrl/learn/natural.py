@@ -9,18 +9,8 @@ import numpy as np
 
 from ctrl import check
 from ctrl import estimators as e
-from ctrl.check import Array
 from ctrl.learn.contract import Algorithm, State, ascended, mean, spent, weights
 from ctrl.noise import NoiseLike
-
-
-def information(run: e.Run, w: Array) -> Array:
-    """F = sum_i 2 kappa_i D_i sum_paths w (d mu_i)'(d mu_i) on paths that are there already, (p, p); w (n,)."""
-    c, rows, F = run.coefficients, np.repeat(w, run.problem.dim)[:, None], np.zeros((run.policy.theta.size,) * 2)
-    for i, x in enumerate(run.left):
-        slope = run.policy.jacobian_theta(run.grid, i, x).reshape(len(rows), -1)
-        F += 2 * c.kappa[i] * c.dt[i] * slope.T @ (rows * slope)
-    return F
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ class NaturalGradient(Algorithm):
 
     def update(self, state: State, noise: NoiseLike) -> State:
         run = state.sample(noise)
-        F = information(run, weights(noise))
+        F = e.weighted_information(run, weights(noise))
         F[np.diag_indices(len(F))] += self.damping * np.trace(F) / len(F)
         d = self.step * np.linalg.solve(F, mean(e.RewardToGo(e.LeaveOneOut()), run))
         kl = 0.5 * float(d @ F @ d)

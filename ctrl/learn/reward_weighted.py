@@ -8,7 +8,6 @@ import numpy as np
 
 from ctrl import estimators as e
 from ctrl.learn.contract import Algorithm, State, ascended, mean, spent, weights
-from ctrl.learn.natural import information
 from ctrl.learn.values import least_squares
 from ctrl.noise import NoiseLike
 from ctrl.policy import Policy
@@ -42,5 +41,5 @@ class RewardWeighted(Algorithm):
         logits = form.logits(run)
         w = weights(noise) * np.exp(logits - logits.max())
         w /= w.sum()
-        d = least_squares(information(run, w), mean(form, run))
+        d = least_squares(e.weighted_information(run, w), mean(form, run))
         return state.moved(ascended(state.policy, self.step * d), None, spent(run, self.backward + run.problem.dim))
