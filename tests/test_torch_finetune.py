@@ -348,7 +348,7 @@ def after_a_checkpoint():
     in_the_middle_of_a_checkpoint(after=True)
 
 def in_the_evaluation():
-    f.evaluate = lambda *given: die()
+    f.measured = lambda *given: die()
 
 def slowly():
     add = f.RunFolder.add
@@ -551,7 +551,7 @@ def test_a_policy_that_diverged_replaces_no_checkpoint(done, tmp_path, monkeypat
 
 
 def test_evaluation_that_is_not_finite(done, tmp_path, monkeypatch, undrawn):
-    monkeypatch.setattr(f, "evaluate", lambda *given, **how: {"reward": float("nan")})
+    monkeypatch.setattr(f, "measured", lambda *given: {"reward": float("nan")})
     with pytest.raises(f.TrainingStopped, match=r"^evaluation of ValueGradient: reward is nan; last good checkpoint: .*tensors \(update 4\)$"):
         f.finetune(replace(done.settings, out=tmp_path / "out"))
     assert not (tmp_path / "out" / "summary.json").exists()

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from random import randrange
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel)
+from matplotlib.image import imread
 from safetensors.torch import load_file
 
 import ctrl
+from ctrl import cli
 from ctrl import torch as ct
 from ctrl.files import write_json
 from ctrl.schedule import DiscreteVP, TimeGrid
 from ctrl.torch import rewards
 from ctrl.torch.finetune import Alone, Finetune, Training, finetune
 from ctrl.torch.chain import step
-from ctrl.torch.methods import ALL, Pathwise, ScoreFunction
+from ctrl.torch.methods import ALL, PPO, Pathwise, ScoreFunction
 from ctrl.torch.pipelines import DiffusersUNet, OfImages, Pretrained, Prompts, prompts_of
 from ctrl.torch.policy import NetworkPolicy, PredictsNoise, Times, denoised
 from ctrl.torch.pretrain import sampling_grid
@@ -236,6 +242,7 @@ def test_prompts_are_a_context():
     assert prompts.cycled(2, first=2).texts == ("c", "a")
     assert prompts[1:].texts == ("b", "c") and prompts[1:].repeated(2).texts == ("b", "b", "c", "c")
     assert [x.flatten().tolist() for x in prompts[1:].repeated(2).read] == [[1, 1, 2, 2]] * 2
+    assert prompts[1:].repeated(2).numbers == (1, 1, 2, 2) and prompts.cycled(4, first=2)[1:].numbers == (0, 1, 2)
     assert prompts_of(("cat", "dog"), "a photo of a {}") == ("a photo of a cat", "a photo of a dog")
 
 
@@ -343,6 +350,135 @@ def test_every_prompt_is_asked(latent, tmp_path):
     before = run.identity()
     file.write_text("another")
     assert before["prompts"] == list("abcde") and run.identity() != before
+
+
+def test_a_run_says_how_each_prompt_fared(latent, tmp_path):
+    """In every row of the metrics, in the summary (with regret) and in a picture; the prompts' means average to what the run says as a whole."""
+    run = settings(latent, tmp_path / "run", method=ScoreFunction(), samples=8, reference_samples=40, reference_steps=4, **PROMPTED)
+    summary = finetune(run)
+    for row in metrics(run.out):
+        assert [(each["prompt"], each["paths"]) for each in row["prompts"]] == [(0, 3), (1, 3)]
+        assert np.mean([each["reward"] for each in row["prompts"]]) == pytest.approx(row["reward"])
+        assert np.mean([each["kl"] for each in row["prompts"]]) == pytest.approx(row["kl_mean"], abs=1e-9)
+        assert all(each["reward_std"] > 0 for each in row["prompts"])
+    assert [(row["prompt"], row["paths"]) for row in summary["prompts"]] == [("a cat", 4), ("a dog", 4)]
+    for model in ("pretrained", "tuned", "tuned_ode"):
+        for name, whole in (("reward", "reward"), ("kl", "kl_mean"), ("regret", "regret")):
+            assert np.mean([row[model][name] for row in summary["prompts"]]) == pytest.approx(summary[model][whole], abs=1e-6)
+    assert summary["prompts"][0]["tuned"]["reward"] != summary["prompts"][1]["tuned"]["reward"]
+    assert all(row["tuned"]["reward_error"] > 0 and row["tuned"]["regret_error"] > 0 for row in summary["prompts"])
+    assert imread(run.out / "prompts.png").std() > 0.1
+    assert json.loads((run.out / "summary.json").read_text())["prompts"] == summary["prompts"]
+
+
+def metrics(out):
+    """Rows of metrics.jsonl without their times."""
+    return [{k: x for k, x in json.loads(line).items() if k != "seconds"} for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def started(latent, tmp_path, **changes):
+    run = settings(latent, tmp_path / "run", **{"paths": 3, "prompts": tuple("abcd"), **changes})
+    return Training(prepare(run), run, Alone(torch.device("cpu")))
+
+
+def test_prompts_are_compared_with_earlier_updates_only(latent, tmp_path, monkeypatch):
+    """Both steps on a batch see the statistics as they were before it; each prompt's paths are counted."""
+    training, seen = started(latent, tmp_path, method=PPO()), []
+    advantage = ct.ClippedRatio.advantage
+    monkeypatch.setattr(ct.ClippedRatio, "advantage", lambda self, run: seen.append(self.baseline.weight.tolist()) or advantage(self, run))
+    for _ in range(2):
+        training.update()
+    assert seen == [[0] * 4] * 2 + [[1, 1, 1, 0]] * 2 and training.statistics.weight.tolist() == [2, 2, 1, 1]
+
+
+def test_statistics_of_prompts_are_kept(latent, tmp_path):
+    """The next update from a checkpoint is that of the run that was not stopped; without the statistics it is another."""
+    whole, path = started(latent, tmp_path, method=ScoreFunction()), tmp_path / "checkpoint.safetensors"
+    whole.update()
+    whole.save(path)
+    whole.update()
+    for forgotten in (False, True):
+        part = started(latent, tmp_path, method=ScoreFunction())
+        part.load(path)
+        if forgotten:
+            part.statistics.weight.zero_()
+        part.update()
+        mine, theirs = part.tensors(), whole.tensors()
+        moved = [name for name in theirs if not torch.equal(mine[name], theirs[name])]
+        assert any(name.startswith("policy") for name in moved) if forgotten else not moved
+
+
+RUNS = r"""
+import dataclasses, json, os, pathlib, signal, socket, sys, time
+import ctrl, torch, diffusers, transformers, peft
+from ctrl import cli
+from ctrl.torch import pictures
+
+for drawn in ("before_and_after", "learning_curves", "prompt_rewards"):  # they take longer than all the rest
+    setattr(pictures, drawn, lambda *given: None)
+settings, update = cli.HEAVY["finetune"].settings(json.loads(sys.argv[1]), "ctrl finetune"), int(sys.argv[2])
+
+def begun(environment={}, **changes):
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        sys.stdout = open(os.devnull, "w")
+        os._exit(dataclasses.replace(settings, **changes).run())
+    return child
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+killed = pathlib.Path(sys.argv[3])
+child, metrics = begun(out=killed), killed / "metrics.jsonl"
+while not metrics.exists() or metrics.read_bytes().count(b"\n") < update:
+    time.sleep(0.0005)
+os.kill(child, signal.SIGKILL)
+codes = [ended(child), (killed / "summary.json").exists(), ended(begun(out=killed, resume=True))]
+
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+ranks = [begun({**group, "RANK": k, "LOCAL_RANK": k}, out=pathlib.Path(sys.argv[4])) for k in "01"]  # as torchrun starts them
+print(json.dumps(codes + [ended(rank) for rank in ranks]))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(latent, tmp_path_factory):
+    """The same run with prompts, an adapter and statistics: whole, killed after an update that is drawn anew each time, and on two processes."""
+    folder, update = tmp_path_factory.mktemp("runs"), randrange(1, 8)
+    words = ["--pipeline", str(latent), "--prompts", *"abc", "--guidance", "2", "--lora-rank", "2", "--lora-targets", "to_q", "to_v", "--steps", "4",
+             "--paths", "4", "--iterations", "8", "--samples", "6", "--reference-samples", "12", "--reference-steps", "4", "--threads", "1",
+             "--checkpoint-every", "3", "--cache", str(folder / "cache"), "--out", str(folder / "whole"), "method:score-function",
+             "--method.learning-rate", "0.01", "reward:compressibility"]
+    assert cli.main(["finetune", *words]) == 0
+    command = [sys.executable, "-c", RUNS, json.dumps(words), str(update), str(folder / "killed"), str(folder / "two")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0 and json.loads(ran.stdout) == [-9, False, 0, 0, 0], (update, ran.stdout, ran.stderr)
+    return folder, update
+
+
+def test_killed_and_resumed(runs):
+    """kill -9 at any update: --resume arrives at every bit of the uninterrupted run."""
+    folder, update = runs
+    assert metrics(folder / "killed") == metrics(folder / "whole"), update
+    first, second = (load_file(folder / name / "checkpoint.safetensors") for name in ("whole", "killed"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), update
+    assert "statistics.mean" in first and first["statistics.weight"].sum() == 4 * 8
+
+
+def test_two_processes_are_one(runs):
+    """The metrics of one process to rounding, prompt by prompt; a prompt's paths are found wherever they are."""
+    folder, _ = runs
+    for row, expected in zip(metrics(folder / "two"), metrics(folder / "whole"), strict=True):
+        found, right = row.pop("prompts"), expected.pop("prompts")
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert [each["paths"] for each in found] == [each["paths"] for each in right]
+        for name in ("reward", "kl"):
+            assert [each[name] for each in found] == pytest.approx([each[name] for each in right], rel=1e-3, abs=1e-5)
+    one, two = (load_file(folder / name / "checkpoint.safetensors")["statistics.mean"] for name in ("whole", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
 
 
 def test_unconditional_pipelines(pixels, tmp_path):

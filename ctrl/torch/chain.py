@@ -259,6 +259,16 @@ class Run:
         return other
 
     @cached_property
+    def prompt(self) -> Tensor:
+        """Number of each path's prompt, (n,): the context's `numbers`, or the context itself where that is one integer a path."""
+        given = getattr(self.context, "numbers", self.context)
+        asked = torch.as_tensor([0.5] if given is None else given, device=self.states.device)
+        if asked.shape != (len(self),) or asked.is_floating_point():
+            what = type(self.context).__name__
+            raise ValueError(f"context: expected prompts, or the number of its prompt for each of {len(self)} paths, got {what}")
+        return asked.long()
+
+    @cached_property
     def coefficients(self) -> Coefficients:
         return self.problem.coefficients(self.grid)
 

@@ -27,13 +27,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ctrl import check
+from ctrl.estimators import LeaveOneOut
 from ctrl.files import environment, writable, write_json
 from ctrl.torch.chain import Run, rows, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
+from ctrl.torch.objectives import ScoreFunction
 from ctrl.torch.pipelines import DiffusersNetwork, save_tuned
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
 from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
-from ctrl.torch.task import Settings, Task, digest, evaluate, outline, prepare, progress, save_atomically
+from ctrl.torch.prompts import PerPrompt, by_prompt
+from ctrl.torch.task import Settings, Task, digest, evaluation, measured, outline, prepare, progress, save_atomically, table_of_prompts
 from ctrl.torch.value import Ansatz, PlainValue, Value, martingale_loss
 
 WARM_UP = 10  # updates over which the step size grows
@@ -105,6 +108,10 @@ class Training:
         self.value: Value = (PlainValue(core) if settings.plain_value else Ansatz(core)).to(accelerator.device)
         self.objective = settings.method.objective(self.value)
         self.grid = sampling_grid(task.problem.schedule, settings.steps)
+        self.statistics: PerPrompt | None = None
+        if task.prompts is not None and isinstance(self.objective, ScoreFunction) and isinstance(self.objective.baseline, LeaveOneOut):
+            self.statistics = PerPrompt(len(task.prompts), settings.steps).to(accelerator.device)
+            self.objective = replace(self.objective, baseline=self.statistics)
         self.optimiser = torch.optim.Adam(self.policy.trainable(), lr=1.0, betas=(0.9, 0.99))
         self.value_optimiser = torch.optim.Adam(self.value.parameters(), lr=1.0, betas=(0.9, 0.99))
         self.modules: dict[str, nn.Module] = {"policy": self.policy, "average": self.average}
@@ -112,7 +119,7 @@ class Training:
         if settings.method.learns_value:
             self.modules["value"], self.optimisers["value_optimiser"] = self.value, self.value_optimiser
 
-    def update(self) -> dict[str, float]:
+    def update(self) -> dict[str, Any]:
         """One batch of paths, `epochs` steps of Adam; returns the metrics of the batch, sampled before the steps."""
         started, settings, k = time.perf_counter(), self.settings, self.iteration
         self.moved = False
@@ -120,11 +127,12 @@ class Training:
         shape = min(1, (k + 1) / WARM_UP) * 0.5 * (1 + cos(pi * k / settings.iterations))
         self.optimiser.param_groups[0]["lr"] = settings.method.learning_rate * shape
         self.value_optimiser.param_groups[0]["lr"] = settings.method.value_learning_rate * max(shape, 0.1)
-        row: dict[str, float] = {}
+        row: dict[str, Any] = {}
         for _ in range(settings.method.epochs):
             now = run.under(self.policy)
             losses = self._step(now)
-            row = row or _finite({**self._metrics(now), **losses})
+            row = row or {**_finite({**self._metrics(now), **losses}), **self._by_prompt(now)}
+        self.objective.remember(now)
         follow(self.average, self.policy, min(settings.average, (k + 1) / (k + 10)))
         self.iteration += 1
         self.queries += settings.paths
@@ -176,12 +184,22 @@ class Training:
         row = {"reward": reward.mean(), "objective": objective.mean(), "kl_mean": kl.mean(), "kl_median": kl.median(), "kl_max": kl.max()}
         return {name: float(x) for name, x in row.items()} | ({"judged_share": float(share[0].mean())} if share else {})
 
+    @torch.no_grad()
+    def _by_prompt(self, run: Run) -> dict[str, Any]:
+        """Of the whole batch, for each prompt: reward and KL (nats), with their standard deviations."""
+        if self.task.prompts is None:
+            return {}
+        asked, reward, kl = self.accelerator.gather(torch.stack([run.prompt.to(run.reward), run.reward, run.kl], 1)).T
+        return {"prompts": by_prompt(asked.long(), reward=reward, kl=kl)}
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, besides `iteration`."""
         out: dict[str, Tensor] = {}
         kept = _kept(self.policy)
         for name, module in self.modules.items():
             out |= {f"{name}.{key}": p for key, p in module.named_parameters() if name == "value" or key in kept}
+        if self.statistics is not None:
+            out |= {f"statistics.{key}": x for key, x in self.statistics.state_dict().items()}
         for name, optimiser in self.optimisers.items():
             for index, state in optimiser.state_dict()["state"].items():
                 out |= {f"{name}.{index}.{key}": x for key, x in state.items()}
@@ -208,6 +226,8 @@ class Training:
                 for key, p in module.named_parameters():
                     if name == "value" or key in kept:
                         p.copy_(tensors[f"{name}.{key}"])
+        if self.statistics is not None:
+            self.statistics.load_state_dict({key: tensors[f"statistics.{key}"] for key in self.statistics.state_dict()})
         for name, optimiser in self.optimisers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for key, x in tensors.items():
@@ -305,7 +325,7 @@ def _train(training: Training, folder: RunFolder | None, checkpoint: Path) -> No
             step(1, reward=row["reward"], kl=row["kl_mean"], **({"share": row["judged_share"]} if "judged_share" in row else {}))
 
 
-def _updated(training: Training, folder: RunFolder | None, checkpoint: Path) -> dict[str, float]:
+def _updated(training: Training, folder: RunFolder | None, checkpoint: Path) -> dict[str, Any]:
     """One update; when it fails before anything has moved, what was reached is kept, if it is worth that."""
     try:
         return training.update()
@@ -346,18 +366,20 @@ class RunFolder:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["iteration"] <= iteration))
         os.replace(partial, self.metrics)
 
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[dict[str, Any]]:
         """The metrics so far; a last line that was cut short is left out."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text().split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
-    def add(self, row: dict[str, float]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:
             for name, value in row.items():
+                if name == "prompts":  # a table
+                    continue
                 self.board.add_scalar(name, value, int(row["iteration"]))
 
     def finish(self, training: Training) -> dict[str, Any]:
@@ -369,10 +391,12 @@ class RunFolder:
         rows = self.rows()
         summary: dict[str, Any] = {"method": type(settings.method).__name__, "reward": type(settings.reward).__name__, "updates": training.iteration,
                                    "queries": training.queries, "seconds": sum(row["seconds"] for row in rows)}
-        summary["tuned"] = _finite(evaluate(task, policy, task.base, settings))
-        summary["pretrained"] = _finite(evaluate(task, task.base, task.base, settings))
+        paths = {"tuned": evaluation(task, policy, task.base, settings), "pretrained": evaluation(task, task.base, task.base, settings)}
         if settings.eta > 0:
-            summary["tuned_ode"] = _finite(evaluate(task, policy, task.base, settings, eta=0.0))
+            paths["tuned_ode"] = evaluation(task, policy, task.base, settings, eta=0.0)
+        summary |= {model: _finite(measured(task, of)) for model, of in paths.items()}
+        if task.prompts is not None:
+            summary["prompts"] = table_of_prompts(task, **paths)
         if (best := task.yardstick) is not None:
             summary["yardstick"] = {name: getattr(best, name) for name in ("objective", "objective_error", "reward", "kl", "ess")}
             judged = task.judged(task.reference)
@@ -382,6 +406,8 @@ class RunFolder:
             summary["queries_to_share_0.8"] = queries_to_share(rows, 0.8)
         pictures.before_and_after(task, policy, task.base, settings, self.out)
         pictures.learning_curves(rows, summary, self.out / "curves.png")
+        if task.prompts is not None:
+            pictures.prompt_rewards(summary["prompts"], summary["reward"], self.out / "prompts.png")
         if self.board is not None:
             self.board.close()
         write_json(self.out / "summary.json", summary)

@@ -30,6 +30,7 @@ from ctrl.noise import NoiseLike
 from ctrl.schedule import TimeGrid
 from ctrl.torch.chain import Problem, Run, inner, sample, step
 from ctrl.torch.policy import Policy
+from ctrl.torch.prompts import PerPrompt
 from ctrl.torch.value import Value, value_gradients, values
 
 SAMPLES_AT_ONCE = 64  # per-path gradients in one batched backward pass
@@ -41,6 +42,9 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, run: Run) -> Tensor:
         """(n,); theta enters through run.mu alone."""
+
+    def remember(self, run: Run) -> None:  # noqa: B027
+        """Take in what later batches are to know of this one, after its last step: nothing, as a rule."""
 
     def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, context: Any = None) -> Gradient:
         """The estimator: per-path gradients in theta (all trainable parameters, in order), in float64."""
@@ -58,7 +62,7 @@ class Objective(ABC):
         return Gradient.from_samples(samples.reshape(-1, noise.group, samples.shape[1]).mean(axis=1), noise.weights)
 
 
-Baseline = float | LeaveOneOut | Value | None
+Baseline = float | LeaveOneOut | PerPrompt | Value | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +71,7 @@ class ScoreFunction(Objective):
 
         loss = sum_i -log p_theta(X_{i+1}|X_i) (G - b_i) + cost_i,      G = r - sum cost
 
-    baseline b : None, a number, LeaveOneOut() (over the joined batch), or a value
+    baseline b : None, a number, LeaveOneOut() (over the joined batch), PerPrompt (the same for each prompt), or a value
     Unbiased for the chain at every step size; eta > 0.
     Source: Black et al. (2305.13301); theory.md, section 7.
     Checked: tests/test_torch_objectives.py::test_objectives_equal_numpy_estimators
@@ -76,7 +80,7 @@ class ScoreFunction(Objective):
     baseline: Baseline = None
 
     def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, context: Any = None) -> Gradient:
-        if isinstance(self.baseline, LeaveOneOut) and (noise.group > 1 or noise.weights is not None):
+        if isinstance(self.baseline, LeaveOneOut | PerPrompt) and (noise.group > 1 or noise.weights is not None):
             what = "antithetic pairs" if noise.group > 1 else "a quadrature rule"
             raise ValueError(f"noise: expected independent random paths for a leave-one-out baseline, got {what}")
         return super().__call__(problem, policy, grid, noise, context)
@@ -93,9 +97,15 @@ class ScoreFunction(Objective):
             if len(everyone) < 2:
                 raise ValueError(f"baseline: expected at least 2 paths for a leave-one-out baseline, got {len(everyone)}")
             return (returns - everyone.mean(0)) * (len(everyone) / (len(everyone) - 1))
+        if isinstance(b, PerPrompt):
+            return returns - b(run, returns)
         if isinstance(b, Value):
             return returns - values(b, run)[:, :-1]
         return returns - (0.0 if b is None else b)
+
+    def remember(self, run: Run) -> None:
+        if isinstance(self.baseline, PerPrompt):
+            self.baseline.remember(run, self.returns(run))
 
     def loss(self, run: Run) -> Tensor:
         # At the sampling policy log_ratio is 0, and its gradient is that of log p.

@@ -85,6 +85,30 @@ def learning_curves(rows: list[dict[str, float]], summary: dict[str, Any], path:
     figure.savefig(path, dpi=150)
 
 
+def prompt_rewards(table: list[dict[str, Any]], reward: str, path: Path, most: int = 30) -> None:
+    """Reward of each prompt under the pre-trained and the fine-tuned model, with standard errors; of more, those that changed most either way.
+
+    Source: design.md, runs.   Checked: tests/test_torch_pipelines.py::test_a_run_says_how_each_prompt_fared
+    """
+    gain = np.array([row["tuned"]["reward"] - row["pretrained"]["reward"] for row in table])
+    at = np.argsort(-np.abs(gain))[:most]
+    shown = [table[j] for j in at[np.argsort(-gain[at])]]
+    place = np.arange(len(shown))
+    figure = Figure(figsize=(7, 1.1 + 0.24 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    for model, label, colour, mark, shift in (("pretrained", "pre-trained", ORANGE, "s", -0.12), ("tuned", "fine-tuned", BLUE, "o", 0.12)):
+        means = [row[model]["reward"] for row in shown]
+        errors = [row[model]["reward_error"] or 0.0 for row in shown]  # none of a single image
+        axis.errorbar(means, place + shift, xerr=errors, fmt=mark, color=colour, ms=4, capsize=2, lw=1, label=label)
+    axis.set_yticks(place, [text if len(text := row["prompt"]) <= 40 else f"{text[:37]}..." for row in shown], fontsize=7)
+    axis.invert_yaxis()  # what gained most on top
+    axis.grid(axis="y", alpha=0.2)
+    few = f"; {len(shown)} of {len(table)} prompts, those that changed most" if len(shown) < len(table) else ""
+    axis.set_xlabel(f"{reward}, mean and standard error of fresh images{few}")
+    figure.legend(fontsize=7, frameon=False, loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
 def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
     """Centred running mean, shorter at the ends."""
     ones = np.ones(min(width, len(values)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +29,39 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": PredictsNoise(), "v_prediction"
 class Prompts:
     """The context of paths: what is asked for, (n) texts, and how the model reads it, one tensor or several: embeddings (n, l, e), pooled (n, p).
 
+    numbers : which prompt each is, (n,), kept by parts and repetitions; none given: each is its own
     Source: theory.md, section 1 (context).   Checked: tests/test_torch_pipelines.py::test_prompts_are_a_context
     """
 
     texts: tuple[str, ...]
     read: tuple[Tensor, ...]
+    numbers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.numbers:
+            object.__setattr__(self, "numbers", tuple(range(len(self.texts))))
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, part: slice) -> Prompts:
-        return Prompts(self.texts[part], tuple(x[part] for x in self.read))
+        return self._at(range(len(self))[part])
 
     def repeated(self, k: int) -> Prompts:
         """Each for k times in a row."""
-        return Prompts(tuple(text for text in self.texts for _ in range(k)), tuple(x.repeat_interleave(k, dim=0) for x in self.read))
+        return self._at([j for j in range(len(self)) for _ in range(k)])
 
     def cycled(self, n: int, first: int = 0) -> Prompts:
         """One for each of the n paths from number `first` on, in turn."""
-        at = [j % len(self) for j in range(first, first + n)]
-        return Prompts(tuple(self.texts[j] for j in at), tuple(x[at] for x in self.read))
+        return self._at([j % len(self) for j in range(first, first + n)])
+
+    def _at(self, chosen: Sequence[int]) -> Prompts:
+        rows = list(chosen)
+        return Prompts(tuple(self.texts[j] for j in rows), tuple(x[rows] for x in self.read), tuple(self.numbers[j] for j in rows))
 
     def to(self, *where: Any) -> Prompts:
         """On another device, or in another precision."""
-        return Prompts(self.texts, tuple(x.to(*where) for x in self.read))
+        return replace(self, read=tuple(x.to(*where) for x in self.read))
 
 
 class DiffusersNetwork(nn.Module, ABC):

@@ -27,12 +27,13 @@ from ctrl.noise import Noise
 from ctrl.schedule import VP
 from ctrl.torch import images as data
 from ctrl.torch import methods, preferences, rewards
-from ctrl.torch.chain import Problem, rows, simulate
+from ctrl.torch.chain import Paths, Problem, rows, simulate
 from ctrl.torch.classifiers import Classifier, ConvClassifier, MLPClassifier, train_classifier
 from ctrl.torch.networks import Denoiser
 from ctrl.torch.pipelines import Decoded, OfImages, Pretrained, Prompts, prompts_of
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean
 from ctrl.torch.pretrain import Pretraining, pretrain, sampling_grid
+from ctrl.torch.prompts import by_prompt
 from ctrl.torch.yardstick import Yardstick, average, yardstick
 
 SCHEDULE = VP()
@@ -236,12 +237,17 @@ class Task:
         return torch.cat(parts).double().cpu().numpy()
 
     @cached_property
-    def yardstick(self) -> Yardstick | None:
-        """J* and what belongs to it, of each prompt and then on average; None without a price of the KL or without reference samples."""
+    def yardsticks(self) -> list[Yardstick]:
+        """J* and what belongs to it, of each prompt (one without prompts); none without a price of the KL or without reference samples."""
         if self.problem.kl_weight == 0 or len(self.reference) == 0:
-            return None
+            return []
         each = 1 if self.prompts is None else len(self.prompts)
-        return average([yardstick(self.reference_rewards[j::each], self.problem.kl_weight) for j in range(each)])
+        return [yardstick(self.reference_rewards[j::each], self.problem.kl_weight) for j in range(each)]
+
+    @cached_property
+    def yardstick(self) -> Yardstick | None:
+        """The yardsticks' average over prompts, or None."""
+        return average(self.yardsticks) if self.yardsticks else None
 
 
 def outline(settings: Settings, device: torch.device | str = "cpu") -> Task:
@@ -432,10 +438,19 @@ def evaluate(task: Task, policy: Policy, pretrained: Policy, settings: Settings,
     pair_distance: mean distance of two images that the judge gives to the class.
     Source: theory.md, sections 9, 11 and 12.   Checked: tests/test_torch_finetune.py::test_evaluation_of_the_pretrained_model
     """
+    return measured(task, evaluation(task, policy, pretrained, settings, steps=steps, eta=eta))
+
+
+def evaluation(task: Task, policy: Policy, pretrained: Policy, settings: Settings, *, steps: int | None = None, eta: float | None = None) -> Paths:
+    """The fresh paths of an evaluation, of the prompts in turn."""
     problem = replace(task.problem, pretrained=pretrained, eta=settings.eta if eta is None else eta)
-    paths = simulate(problem, policy, sampling_grid(problem.schedule, steps or settings.steps), settings.noise(EVALUATION, settings.samples),
-                     task.context(settings.samples))
-    n, j = settings.samples, float(paths.objective.mean())
+    return simulate(problem, policy, sampling_grid(problem.schedule, steps or settings.steps), settings.noise(EVALUATION, settings.samples),
+                    task.context(settings.samples))
+
+
+def measured(task: Task, paths: Paths) -> dict[str, float]:
+    """The numbers of an evaluation."""
+    n, j = len(paths.objective), float(paths.objective.mean())
     row = {"reward": float(paths.reward.mean()), "objective": j, "objective_error": float(paths.objective.std()) / n**0.5,
            "kl_mean": float(paths.penalty.mean()), "kl_median": float(paths.penalty.median()), "kl_max": float(paths.penalty.max())}
     if (best := task.yardstick) is not None:
@@ -444,6 +459,28 @@ def evaluate(task: Task, policy: Policy, pretrained: Policy, settings: Settings,
     if judged is not None:
         row |= {"judged_share": float(judged.float().mean()), "pair_distance": pair_distance(paths.terminal[judged])}
     return row
+
+
+def table_of_prompts(task: Task, **models: Paths) -> list[dict[str, Any]]:
+    """For each prompt that the evaluations asked: reward and KL (nats) of each model with standard errors, and regret where there is a yardstick.
+
+    Source: theory.md, section 9.   Checked: tests/test_torch_pipelines.py::test_a_run_says_how_each_prompt_fared
+    """
+    if task.prompts is None:
+        return []
+    asked = torch.tensor([j % len(task.prompts) for j in range(len(next(iter(models.values())).reward))])
+    table: dict[int, dict[str, Any]] = {}
+    for model, paths in models.items():
+        for row in by_prompt(asked, reward=paths.reward.cpu(), kl=paths.penalty.cpu(), objective=paths.objective.cpu()):
+            number, root = row["prompt"], row["paths"] ** 0.5
+            numbers = {name: row[name] for name in ("reward", "kl")}
+            numbers |= {f"{name}_error": None if (std := row[f"{name}_std"]) is None else std / root for name in ("reward", "kl")}
+            if task.yardsticks:
+                best, std = task.yardsticks[number], row["objective_std"]
+                numbers |= {"regret": best.objective - row["objective"],
+                            "regret_error": None if std is None else float(np.hypot(best.objective_error, std / root))}
+            table.setdefault(number, {"prompt": task.prompts.texts[number], "paths": row["paths"]})[model] = numbers
+    return list(table.values())
 
 
 def pair_distance(images: Tensor, most: int = 1000) -> float:
