@@ -24,7 +24,7 @@ from ctrl import cli
 from ctrl import torch as ct
 from ctrl.files import write_json
 from ctrl.schedule import DiscreteVP, TimeGrid
-from ctrl.torch import rewards
+from ctrl.torch import pictures, rewards
 from ctrl.torch.finetune import Alone, Finetune, Training, finetune
 from ctrl.torch.chain import step
 from ctrl.torch.methods import ALL, PPO, Pathwise, ScoreFunction
@@ -452,7 +452,10 @@ def runs(latent, tmp_path_factory):
              "--paths", "4", "--iterations", "8", "--samples", "6", "--reference-samples", "12", "--reference-steps", "4", "--threads", "1",
              "--checkpoint-every", "3", "--cache", str(folder / "cache"), "--out", str(folder / "whole"), "method:score-function",
              "--method.learning-rate", "0.01", "reward:compressibility"]
-    assert cli.main(["finetune", *words]) == 0
+    with pytest.MonkeyPatch.context() as undrawn:
+        for name in ("before_and_after", "learning_curves", "prompt_rewards"):
+            undrawn.setattr(pictures, name, lambda *given: None)
+        assert cli.main(["finetune", *words]) == 0
     command = [sys.executable, "-c", RUNS, json.dumps(words), str(update), str(folder / "killed"), str(folder / "two")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0 and json.loads(ran.stdout) == [-9, False, 0, 0, 0], (update, ran.stdout, ran.stderr)

@@ -29,6 +29,7 @@ from ctrl.torch.policy import PredictsVelocity as PredictsVelocity
 from ctrl.torch.policy import Times as Times
 from ctrl.torch.policy import WithoutAdapter as WithoutAdapter
 from ctrl.torch.policy import denoised as denoised
+from ctrl.torch.prompts import PerPrompt as PerPrompt
 from ctrl.torch.value import Ansatz as Ansatz
 from ctrl.torch.value import ExactValue as ExactValue
 from ctrl.torch.value import PlainValue as PlainValue

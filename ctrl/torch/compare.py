@@ -66,6 +66,7 @@ class Compare(Settings):
     """Compare the methods in use: the same pre-trained model, reward queries and noise; rows, a table and a figure, sorted by regret."""
 
     method: tyro.conf.Suppress[tyro.conf.Fixed[Choice]] = ValueGradient()
+    reward_workers: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
     out: Path = Path("compare")
     """Folder of the comparison."""
     only: tuple[str, ...] = ()

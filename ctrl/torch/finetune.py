@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import cos, isfinite, pi
@@ -287,17 +287,18 @@ def finetune(settings: Finetune) -> dict[str, Any] | None:
     folder = RunFolder(settings) if accelerator.is_main_process else None
     if settings.resume and (done := settings.out / "summary.json").exists():
         return json.loads(done.read_text()) if folder else None
-    training = Training(_prepared(settings, accelerator), settings, accelerator)
-    checkpoint = settings.out / "checkpoint.safetensors"
-    if settings.resume and checkpoint.exists():
-        training.load(checkpoint)
-    if folder is not None:
-        folder.begin(training.iteration)
-    _train(training, folder, checkpoint)
-    if folder is None:
-        return None
-    with training.stopping("evaluation", checkpoint):
-        return folder.finish(training)
+    with closing(_prepared(settings, accelerator)) as task:
+        training = Training(task, settings, accelerator)
+        checkpoint = settings.out / "checkpoint.safetensors"
+        if settings.resume and checkpoint.exists():
+            training.load(checkpoint)
+        if folder is not None:
+            folder.begin(training.iteration)
+        _train(training, folder, checkpoint)
+        if folder is None:
+            return None
+        with training.stopping("evaluation", checkpoint):
+            return folder.finish(training)
 
 
 def _prepared(settings: Finetune, accelerator: Accelerator) -> Task:

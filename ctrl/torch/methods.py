@@ -36,6 +36,11 @@ class Method(ABC):
         """Whether the objective asks for a value function."""
         return False
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether the objective asks for the reward's gradient."""
+        return False
+
     @abstractmethod
     def objective(self, value: Value) -> objectives.Objective:
         """The objective, given the value that is being learned."""
@@ -47,6 +52,10 @@ class ValueGradient(Method):
 
     @property
     def learns_value(self) -> bool:
+        return True
+
+    @property
+    def differentiates(self) -> bool:
         return True
 
     def objective(self, value: Value) -> objectives.Objective:
@@ -114,6 +123,10 @@ class Pathwise(Method):
     last: int | None = None
     """Only the last K policy calls (DRaFT-K, biased); None for all."""
 
+    @property
+    def differentiates(self) -> bool:
+        return True
+
     def objective(self, value: Value) -> objectives.Objective:
         return objectives.Pathwise(self.last)
 
@@ -123,6 +136,10 @@ class AdjointMatching(Method):
     """Regression on the lean adjoint."""
 
     learning_rate: float = 1e-3
+
+    @property
+    def differentiates(self) -> bool:
+        return True
 
     def objective(self, value: Value) -> objectives.Objective:
         return objectives.AdjointMatching()

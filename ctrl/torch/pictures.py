@@ -101,10 +101,10 @@ def prompt_rewards(table: list[dict[str, Any]], reward: str, path: Path, most: i
         errors = [row[model]["reward_error"] or 0.0 for row in shown]  # none of a single image
         axis.errorbar(means, place + shift, xerr=errors, fmt=mark, color=colour, ms=4, capsize=2, lw=1, label=label)
     axis.set_yticks(place, [text if len(text := row["prompt"]) <= 40 else f"{text[:37]}..." for row in shown], fontsize=7)
-    axis.invert_yaxis()  # what gained most on top
+    axis.set_ylim(len(shown) - 0.5, -0.5)  # what gained most on top
     axis.grid(axis="y", alpha=0.2)
-    few = f"; {len(shown)} of {len(table)} prompts, those that changed most" if len(shown) < len(table) else ""
-    axis.set_xlabel(f"{reward}, mean and standard error of fresh images{few}")
+    few = f"\nthe {len(shown)} of {len(table)} prompts that changed most" if len(shown) < len(table) else ""
+    axis.set_xlabel(f"{reward}: mean and standard error of fresh images{few}", fontsize=8)
     figure.legend(fontsize=7, frameon=False, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 

@@ -56,13 +56,13 @@ class ImageReward(ABC):
         self._require_finite("images: expected finite pixels", images.flatten(1).isfinite().all(1))
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             raw = self.value(images if self.differentiable else images.detach(), context)
-            out = self._tensor(raw, images)
+            out = self.numbers(raw, images)
         self._require_finite("rewards: expected finite numbers", out.isfinite())
         if self.differentiable and torch.is_grad_enabled() and images.requires_grad and not out.requires_grad:
             raise ValueError(f"{self.name}: expected a reward that depends on the images through torch, got one without a gradient")
         return out
 
-    def _tensor(self, raw: Any, images: Tensor) -> Tensor:
+    def numbers(self, raw: Any, images: Tensor) -> Tensor:
         """What `value` returned, (n,) on the images' device, in float32 (float64 for images in float64)."""
         try:
             out = torch.as_tensor(raw, device=images.device)

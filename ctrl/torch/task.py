@@ -34,9 +34,11 @@ from ctrl.torch.pipelines import Decoded, OfImages, Pretrained, Prompts, prompts
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean
 from ctrl.torch.pretrain import Pretraining, pretrain, sampling_grid
 from ctrl.torch.prompts import by_prompt
+from ctrl.torch.workers import Pooled
 from ctrl.torch.yardstick import Yardstick, average, yardstick
 
 SCHEDULE = VP()
+ATTEMPTS = 3
 EVALUATION, PRETRAINED, PICTURES = 2**31, 2**31 + 1, 2**31 + 2  # noise streams beside those of the updates, 0 ... 2^31 - 1
 
 
@@ -56,8 +58,8 @@ class UserReward:
     """FILE.py:NAME."""
     differentiable: bool = False
     """Whether torch can differentiate it."""
-    attempts: int = 3
-    """How often it is asked where it cannot be reached (OSError: a server, a file), after 1, 2, 4 ... seconds."""
+    attempts: int = ATTEMPTS
+    """How often it is asked where it cannot be reached (OSError: a server, a file), after 1, 2, 4 ... seconds; or where its process dies."""
 
     def __post_init__(self) -> None:
         check.integer("attempts", self.attempts, at_least=1)
@@ -140,6 +142,8 @@ class Settings:
     """Images of the pre-trained model behind the yardstick J*; 0 for no yardstick, as for models that take long to sample."""
     reference_steps: int = 100
     """Sampler steps of these."""
+    reward_workers: int = 0
+    """Processes that judge images side by side, where the reward's gradient is not asked for (under torchrun: of each process); 0: none."""
     seed: int = 0
     """Seed of everything random."""
     threads: int | None = None
@@ -163,6 +167,10 @@ class Settings:
             check.number(name, getattr(self, name), at_least=0)
         check.number("clip_norm", self.clip_norm, above=0)
         check.integer("lora_rank", self.lora_rank, at_least=0)
+        if check.integer("reward_workers", self.reward_workers, at_least=0) and (self.method.differentiates or isinstance(self.reward, ClassReward)):
+            what = "the class reward, whose classifier is here" if isinstance(self.reward, ClassReward) else (
+                f"{type(self.method).__name__}, which asks for the reward's gradient")
+            raise ValueError(f"reward_workers: expected 0 with {what}, got {self.reward_workers}")
         if check.integer("seed", self.seed, at_least=0) >= 2**31:
             raise ValueError(f"seed: expected an integer below 2^31, got {self.seed}")
         if self.threads is not None:
@@ -196,7 +204,7 @@ class Settings:
         fields = {name: value for name, value in asdict(self).items() if name not in self.elsewhere}
         return json.loads(json.dumps({**fields, **named}, default=str))
 
-    elsewhere: ClassVar[tuple[str, ...]] = ("at_once", "threads", "cache")
+    elsewhere: ClassVar[tuple[str, ...]] = ("at_once", "reward_workers", "threads", "cache")
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +228,12 @@ class Task:
     def context(self, paths: int, first: int = 0) -> Prompts | None:
         """The prompts of so many paths from number `first` on, in turn."""
         return None if self.prompts is None else self.prompts.cycled(paths, first)
+
+    def close(self) -> None:
+        """End the processes of the reward, where it has some."""
+        reward = self.problem.reward.reward if isinstance(self.problem.reward, OfImages) else self.problem.reward
+        if isinstance(reward, Pooled):
+            reward.close()
 
     def judged(self, images: Tensor) -> Tensor | None:
         """Whether the judge sees the wanted class, (n,), bool."""
@@ -282,7 +296,7 @@ def _of_pipeline(settings: Settings, device: torch.device | str) -> Task:
     asked = 1 if found.prompts is None else len(found.prompts)
     if settings.kl_weight > 0 and (settings.reference_samples % asked or 0 < settings.reference_samples < 2 * asked):
         raise ValueError(f"reference_samples: expected 0 or a multiple of {asked} prompts, at least two of each, got {settings.reference_samples}")
-    reward = OfImages(_unlabelled(settings.reward), found.decode)
+    reward = OfImages(_asked_of(settings), found.decode)
     problem = Problem(found.schedule, found.base, reward, found.shape, settings.kl_weight, settings.eta)
     return Task(None, problem, found.base, None, None, torch.empty(0, *found.shape), found.prompts, found.decode)
 
@@ -294,6 +308,32 @@ def _unlabelled(chosen: RewardChoice) -> rewards.ImageReward:
         return rewards.CallableImageReward(rewards.retried(function, chosen.attempts), chosen.differentiable)
     assert not isinstance(chosen, ClassReward)
     return chosen
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A choice becomes a reward, in whichever process that is; what a user's file says must still be what it said."""
+
+    chosen: RewardChoice
+    digest: str | None
+
+    @classmethod
+    def of(cls, chosen: RewardChoice) -> _Made:
+        return cls(chosen, chosen.digest() if isinstance(chosen, UserReward) else None)
+
+    def __call__(self) -> rewards.ImageReward:
+        if self != _Made.of(self.chosen):
+            raise ValueError("reward: expected the user's file to stay as it is while a run asks it, got another content")
+        return _unlabelled(self.chosen)
+
+
+def _asked_of(settings: Settings) -> rewards.ImageReward:
+    """The reward, here or in its processes."""
+    reward = _unlabelled(settings.reward)
+    if settings.reward_workers == 0:
+        return reward
+    attempts = settings.reward.attempts if isinstance(settings.reward, UserReward) else ATTEMPTS
+    return Pooled(reward, _Made.of(settings.reward), settings.reward_workers, attempts)
 
 
 def digest(module: nn.Module) -> str:
@@ -318,7 +358,7 @@ def _fingerprint(images: data.Images) -> str:
 def _reward(settings: Settings, images: data.Images, store: _Cache) -> tuple[rewards.ImageReward, Classifier | None, int | None]:
     chosen = settings.reward
     if not isinstance(chosen, ClassReward):
-        return _unlabelled(chosen), None, None
+        return _asked_of(settings), None, None
     if images.labels is None:
         raise ValueError(f"reward: expected data with classes for a class reward, got {images.name}, which has none")
     if not 0 <= chosen.label < images.classes:
