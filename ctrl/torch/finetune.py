@@ -31,15 +31,18 @@ from ctrl.estimators import LeaveOneOut
 from ctrl.files import environment, writable, write_json
 from ctrl.torch.chain import Run, rows, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
-from ctrl.torch.objectives import ScoreFunction
+from ctrl.torch.objectives import ClippedRatio, ScoreFunction
 from ctrl.torch.pipelines import DiffusersNetwork, save_tuned
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
 from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
 from ctrl.torch.prompts import PerPrompt, by_prompt
-from ctrl.torch.task import Settings, Task, digest, evaluation, measured, outline, prepare, progress, save_atomically, table_of_prompts
+from ctrl.torch.task import (
+    WATCHED, Settings, Task, digest, evaluation, measured, outline, prepare, progress, save_atomically, table_of_prompts)
 from ctrl.torch.value import Ansatz, PlainValue, Value, martingale_loss
+from ctrl.torch.watch import Halves, gradient_signal, ratios
 
 WARM_UP = 10  # updates over which the step size grows
+DEPLOYED_EVERY = 25  # updates between looks at the deterministic sampler
 PATIENCE = timedelta(hours=12)  # of the other processes, while the first one pre-trains
 
 
@@ -128,10 +131,14 @@ class Training:
         self.optimiser.param_groups[0]["lr"] = settings.method.learning_rate * shape
         self.value_optimiser.param_groups[0]["lr"] = settings.method.value_learning_rate * max(shape, 0.1)
         row: dict[str, Any] = {}
-        for _ in range(settings.method.epochs):
+        later: list[Tensor] = []
+        for epoch in range(settings.method.epochs):
             now = run.under(self.policy)
-            losses = self._step(now)
+            losses = self._step(now, measured=epoch == 0)
             row = row or {**_finite({**self._metrics(now), **losses}), **self._by_prompt(now)}
+            if epoch and isinstance(self.objective, ClippedRatio):
+                later.append(ratios(self.objective, now))
+        row |= self._ratios(later)
         self.objective.remember(now)
         follow(self.average, self.policy, min(settings.average, (k + 1) / (k + 10)))
         self.iteration += 1
@@ -139,11 +146,26 @@ class Training:
         return {"iteration": self.iteration, "queries": self.queries, **row, "seconds": time.perf_counter() - started}
 
     def _sample(self, k: int) -> Run:
-        rank, world, n = self.accelerator.process_index, self.accelerator.num_processes, self.settings.paths
-        part = slice(rank * n // world, (rank + 1) * n // world)
+        n = self.settings.paths
+        part = self._part(n)
         noise, context = self.settings.noise(k, n)[part], rows(self.task.context(n, k * n), part)
         run = sample(self.problem, self.policy, self.grid, noise, context, joined=self.accelerator.gather)
         return replace(run, at_once=self.settings.at_once)
+
+    def _part(self, n: int) -> slice:
+        """This process's paths of n."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return slice(rank * n // world, (rank + 1) * n // world)
+
+    def deterministic(self) -> dict[str, float]:
+        """Reward of the policy under the deterministic sampler (eta = 0), on as many images as in a batch, of fixed noise and prompts."""
+        if self.settings.eta == 0:
+            return {}
+        n = self.settings.paths
+        part = self._part(n)
+        paths = simulate(replace(self.problem, eta=0.0), self.policy, self.grid, self.settings.noise(WATCHED, n)[part],
+                         rows(self.task.context(n), part))
+        return {"ode_reward": float(self.accelerator.gather(paths.reward).mean())}
 
     def sound(self) -> bool:
         """Whether the policy's images and KL are finite, whatever the reward says of them: a state that diverged replaces no good one."""
@@ -155,25 +177,46 @@ class Training:
             return False
         return bool(paths.penalty.isfinite().all())
 
-    def _step(self, run: Run) -> dict[str, float]:
-        loss = self._descend(self.objective.loss(run), self.optimiser, self.policy.trainable(), self.settings.clip_norm)
+    def _step(self, run: Run, measured: bool) -> dict[str, float]:
+        """The policy's step and those of the value; `measured`: with signal and noise of the policy's gradient."""
+        n, theta = self.settings.paths, self.policy.trainable()
+        halves = Halves(run, min(max(n // 2 - self._part(n).start, 0), len(run))) if measured and n > 1 else None
+        loss = self._descend(self.objective.loss(run), self.optimiser, theta, self.settings.clip_norm, halves)
         if self.settings.method.learns_value:
             for _ in range(self.settings.method.value_updates):
                 loss |= {"value_loss": self._descend(martingale_loss(self.value, run), self.value_optimiser, list(self.value.parameters()))["loss"]}
         return loss
 
-    def _descend(self, losses: Tensor, optimiser: torch.optim.Optimizer, theta: list[nn.Parameter], clip: float = float("inf")) -> dict[str, float]:
+    def _descend(self, losses: Tensor, optimiser: torch.optim.Optimizer, theta: list[nn.Parameter], clip: float = float("inf"),
+                 halves: Halves | None = None) -> dict[str, float]:
         """One step of an optimiser; on every process, FloatingPointError and no step when loss or gradient are not finite."""
         optimiser.zero_grad()
-        losses.mean().backward()
+        if halves is None:
+            losses.mean().backward()
+        else:
+            halves.backward(losses, theta)
         for p in theta:  # every process has as many paths: the mean of their gradients is the joined batch's
             if p.grad is not None:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
+        signal = {} if halves is None else self._signal(halves.first, theta)
         norm = nn.utils.clip_grad_norm_(theta, clip)
-        out = _finite({"loss": float(self.accelerator.gather(losses.detach()).mean()), "gradient_norm": float(norm)})
+        out = _finite({"loss": float(self.accelerator.gather(losses.detach()).mean()), "gradient_norm": float(norm), **signal})
         self.moved = True
         optimiser.step()
         return out
+
+    def _signal(self, first: list[Tensor], theta: list[nn.Parameter]) -> dict[str, float]:
+        """Of the joined batch, whose first half may be another process's."""
+        n = self.settings.paths
+        joined = [self.accelerator.reduce(part, "mean") for part in first]
+        return gradient_signal(joined, [kept if p.grad is None else p.grad for p, kept in zip(theta, joined, strict=True)], (n // 2) / n)
+
+    def _ratios(self, later: list[Tensor]) -> dict[str, float]:
+        """Of the later epochs of the whole batch; none where there is one epoch, or no ratio."""
+        if not later:
+            return {}
+        mean, largest, clipped = self.accelerator.gather(torch.stack(later, 1)).flatten(0, 1).T
+        return {"log_ratio_mean": float(mean.mean()), "log_ratio_max": float(largest.max()), "clipped_share": float(clipped.mean())}
 
     @torch.no_grad()
     def _metrics(self, run: Run) -> dict[str, float]:
@@ -327,9 +370,12 @@ def _train(training: Training, folder: RunFolder | None, checkpoint: Path) -> No
 
 
 def _updated(training: Training, folder: RunFolder | None, checkpoint: Path) -> dict[str, Any]:
-    """One update; when it fails before anything has moved, what was reached is kept, if it is worth that."""
+    """One update, now and then after a look at the deterministic sampler; when it fails before anything has moved, what was reached is kept,
+    if it is worth that."""
+    training.moved = False
     try:
-        return training.update()
+        watched = training.deterministic() if training.iteration % DEPLOYED_EVERY == 0 else {}
+        return {**training.update(), **watched}
     except Exception:
         if folder is not None and not training.moved and training.iteration > training.kept and training.sound():
             training.save(checkpoint)

@@ -144,6 +144,12 @@ class ClippedRatio(RewardToGo):
     def __post_init__(self) -> None:
         check.number("clip", self.clip, above=0)
 
+    @torch.no_grad()
+    def clipped(self, run: Run) -> Tensor:
+        """Where the minimum is the clipped term, beyond the trust region on the side of the advantage: these have no gradient; (n, N), bool."""
+        rho, advantage = run.log_ratio.exp(), self.advantage(run)
+        return torch.where(advantage > 0, rho > 1 + self.clip, rho < 1 - self.clip) & (advantage != 0)
+
     def loss(self, run: Run) -> Tensor:
         ratio, advantage = run.log_ratio.exp(), self.advantage(run)
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)

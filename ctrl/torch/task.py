@@ -39,7 +39,7 @@ from ctrl.torch.yardstick import Yardstick, average, yardstick
 
 SCHEDULE = VP()
 ATTEMPTS = 3
-EVALUATION, PRETRAINED, PICTURES = 2**31, 2**31 + 1, 2**31 + 2  # noise streams beside those of the updates, 0 ... 2^31 - 1
+EVALUATION, PRETRAINED, PICTURES, WATCHED = (2**31 + k for k in range(4))  # noise streams beside those of the updates, 0 ... 2^31 - 1
 
 
 @dataclass(frozen=True)
