@@ -115,7 +115,7 @@ PANELS = (
     Panel("ten epochs on a batch, no clip", "PPO", "stale batch", "log_ratio_max", "log_ratio_max", log=True),
     Panel("clip 1e-4 in 64 dimensions", "PPO", "tight clip", "clipped_share", "clipped_share"),
     Panel("KL as a mean over pixels and steps", "PPO", "mean KL", "kl_mean", "kl_mean (dashed: as it reads)", "kl_read", log=True),
-    Panel("no baseline", "score function", "no baseline", "snr", "sum of signal / sum of noise, since the start"),
+    Panel("no baseline", "score function", "no baseline", "snr", "signal / noise since the start"),
     Panel("trained at five steps", "pathwise", "five steps", "ode_reward", "ode_reward (dashed: reward)", "reward"))
 KEPT = ("reward", "objective", "kl_mean", "kl_max", "judged_share", "gradient_norm", "gradient_signal", "gradient_noise", "log_ratio_mean",
         "log_ratio_max", "clipped_share", "ode_reward", "kl_read")
@@ -266,8 +266,8 @@ def reward_alone(axis: Axes, finals: pd.DataFrame) -> None:
         colour, mean = BLUE if name in HEALTHY else VERMILION, rows[["reward", "regret"]].mean()
         axis.plot(rows["reward"], rows["regret"], "o" if name in HEALTHY else "s", color=colour, ms=4)
         left = -5 < mean["reward"] < -1  # where there is room
-        axis.annotate(str(name), (rows["reward"].min() if left else rows["reward"].max(), mean["regret"]), (-5 if left else 5, 0),
-                      textcoords="offset points", ha="right" if left else "left", va="center", fontsize=8, color=colour)
+        axis.annotate(str(name), (rows["reward"].min() if left else rows["reward"].max(), mean["regret"]), (-3 if left else 5, -7 if left else 0),
+                      textcoords="offset points", ha="right" if left else "left", va="center", fontsize=7, color=colour)
     axis.set_xlim(right=2.6)
     axis.set_xticks([-6, -4, -2, 0])
     axis.set_yscale("log")
