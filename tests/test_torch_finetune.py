@@ -654,7 +654,7 @@ def test_two_processes_take_the_gradient_of_the_joined_batch(done, method):
     assert error(both) < 1e-6 and distance([both[0][0]], [row]) < 1e-6 and same(both[0][2], both[1][2])
     assert error(on_two(done, method, factor=2.0)) > 0.5  # planted: the sum of the gradients
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f, "sample", lambda *given, joined: sample(*given))  # planted: each couples the paths of its own half alone
+        patch.setattr(f, "sample", lambda *given, joined, reward: sample(*given))  # planted: each couples the paths of its own half alone
         assert (error(on_two(done, method)) > 0.1) == isinstance(method, (methods.ScoreFunction, methods.PPO, methods.RewardWeighted))
 
 
@@ -706,7 +706,7 @@ def test_half_precision_networks(done, rank):
     coarse, fine = f.Training(half, settings, f.Alone(torch.device("cpu"))), training(done, lora_rank=rank)
     for layer in (m for m in coarse.policy.modules() if isinstance(m, torch.nn.Linear)):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    run = coarse._sample(0).under(coarse.policy)
+    [run] = coarse._batch(0).each(lambda run: run)
     assert all(y.dtype == torch.float32 for y in (run.states, run.actions, run.mu, run.s, run.log_ratio, run.k1, run.kl, run.objective))
     assert torch.bfloat16 in seen
     rows, right = [coarse.update() for _ in range(2)], [fine.update() for _ in range(2)]

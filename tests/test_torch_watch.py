@@ -35,6 +35,11 @@ def training(start, updates=0, **changes):
     return out
 
 
+def sampled(part, k):
+    """The run of update k, in one part."""
+    return part._batch(k).each(lambda run: run)[0]
+
+
 # ------------------------------------------------------------------------------------------- signal and noise
 
 
@@ -83,13 +88,14 @@ def per_path(run, objective, theta) -> Tensor:
 
 
 @pytest.mark.parametrize("method", methods.ALL, ids=lambda method: type(method).__name__)
-@pytest.mark.parametrize("paths", [6, 5])
-def test_two_halves_are_the_whole(start, method, paths):
+@pytest.mark.parametrize(("paths", "micro_batch"), [(6, None), (5, None), (6, 2), (6, 3)])
+def test_two_halves_are_the_whole(start, method, paths, micro_batch):
     """The step is that of one backward pass; signal and noise are those of gradients taken path by path, before clipping."""
     part = training(start, 1, method=method, paths=paths, clip_norm=1e-3)
+    part.settings = replace(part.settings, micro_batch=micro_batch)
     theta = part.policy.trainable()
-    each = per_path(part._sample(1).under(part.policy), part.objective, theta).double()
-    row = part._step(part._sample(1).under(part.policy), measured=True)
+    each = torch.cat(part._batch(1).each(lambda run: per_path(run, part.objective, theta).double()))
+    row = part._step(part._batch(1), first=True)[0]
     got = torch.cat([p.grad.flatten() for p in theta]).double()
     whole, half = each.mean(0), paths // 2
     one, other = each[:half].mean(0), each[half:].mean(0)
@@ -98,7 +104,7 @@ def test_two_halves_are_the_whole(start, method, paths):
     scale = float(one.norm() * other.norm())
     assert row["gradient_signal"] == pytest.approx(float(one @ other), abs=1e-4 * scale)
     assert row["gradient_noise"] == pytest.approx(float((one - other).square().sum()) * half * (paths - half) / paths**2, rel=1e-3)
-    plain = part._step(part._sample(1).under(part.policy), measured=False)
+    plain = part._step(part._batch(1), first=False)[0]
     assert {*row} - {*plain} == {"gradient_signal", "gradient_noise"}
 
 
@@ -112,7 +118,7 @@ def test_one_path_has_no_halves(start):
 def test_ratios_of_a_policy_that_moved(start):
     """|log rho| from the densities of both policies; clipped are the terms that autograd finds without a gradient."""
     part, objective = training(start, 2, paths=16, method=methods.PPO()), ClippedRatio(clip=0.05)
-    run = part._sample(2)
+    run = sampled(part, 2)
     assert float(watch.ratios(objective, run.under(part.policy)).abs().max()) < 1e-5  # the policy that sampled
     for p in part.policy.trainable():
         p.data.add_(0.002 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))

@@ -28,6 +28,7 @@ from ctrl.torch.policy import Policy, Times, denoised, lift
 Reward = Callable[[Tensor, Any], Tensor]
 
 CHUNK_NUMBERS = 2**25  # numbers of an (n, N, *shape) array at a time where paths are streamed
+NUMBERS = ("paid", "cost_to_go", "noise_to_go", "k1", "kl", "prediction")  # of a run, per path or per step: what is kept of it without its states
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +120,18 @@ class Paths:
 
 
 def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise, context: Any = None, *,
-             dtype: torch.dtype = torch.float32, progress: Callable[[int], None] | None = None) -> Paths:
+             dtype: torch.dtype = torch.float32, progress: Callable[[int], None] | None = None, most: int | None = None) -> Paths:
     r"""Sample the chain under a policy, without gradients, some paths at a time; a pure function of its arguments.
 
         X_{i+1} = X_i + ( -f_i X_i + h_i a_i ) D_i + eta g_i sqrt(D_i) xi_i
 
     context : None, or per path (n, ...)      progress : told the number of paths done after every chunk
+    most : paths at a time, where what the reward does with a path (a decoder's activations) is larger than the path
     Exact for the chain; weak order 1 against the continuous law.
     Source: theory.md, section 1.   Checked: tests/test_torch_objectives.py::test_paths_equal_numpy
     """
     _require(problem, grid, noise, context)
-    size = max(1, CHUNK_NUMBERS // (problem.dim * grid.steps))
+    size = min(max(1, CHUNK_NUMBERS // (problem.dim * grid.steps)), noise.paths if most is None else most)
     parts = []
     for first in range(0, noise.paths, size):
         part = slice(first, min(first + size, noise.paths))
@@ -222,7 +224,7 @@ class Run:
     states : X_0 ... X_N      xi : the noise      actions : of the policy that sampled      reward : (n,), undiscounted
     joined : (n, ...) of this process -> of all processes, for what couples the paths of a batch
     policy : where gradients are taken; another one than that which sampled makes the run off-policy (PPO's later epochs)
-    at_once : states per forward with gradients; beyond it activations are recomputed, results do not change
+    at_once : states per forward with gradients; beyond it activations are recomputed, results do not change (the paths stay: see `Batch`)
     """
 
     problem: Problem
@@ -244,18 +246,32 @@ class Run:
                        context=rows(self.context, part))
 
     def under(self, policy: Policy) -> Run:
-        """The same paths, with gradients in another policy's parameters; what does not depend on them is kept."""
+        """The same paths, with gradients in another policy's parameters; what does not depend on them is kept, graphs are not."""
         other = replace(self, policy=policy)
-        other.__dict__.update({name: value for name, value in self.__dict__.items() if name in ("s", "paid", "cost_to_go", "noise_to_go", "still")})
-        return other
+        if "s" in self.__dict__:
+            other.__dict__["s"] = self.s
+        return other.knowing(self.numbers())
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What has been found of the paths so far beside their states, (n, ...)."""
+        found = {name: self.__dict__[name] for name in NUMBERS if name in self.__dict__}
+        for run in (self.__dict__.get("still"), self):
+            if run is not None and "predicted_reward" in run.__dict__:
+                found["prediction"] = run.predicted_reward.detach()
+        return found
+
+    def knowing(self, numbers: dict[str, Tensor]) -> Run:
+        """This run, told what is known of its paths."""
+        self.__dict__.update(numbers)
+        return self
 
     @cached_property
     def still(self) -> Run:
         """The same paths for losses in a value's parameters: its states are numbers."""
         other = self.under(self.policy)
         other.__dict__["x"] = self.states[:, :-1]
-        if "predicted_reward" in self.__dict__:
-            other.__dict__["predicted_reward"] = self.predicted_reward.detach()
+        if "prediction" in other.__dict__:
+            other.__dict__["predicted_reward"] = other.__dict__["prediction"]
         return other
 
     @cached_property
@@ -402,12 +418,15 @@ class Run:
 
 @torch.no_grad()
 def sample(problem: Problem, policy: Policy, grid: TimeGrid, noise: AnyNoise, context: Any = None, *,
-           dtype: torch.dtype = torch.float32, joined: Callable[[Tensor], Tensor] = lambda x: x) -> Run:
+           dtype: torch.dtype = torch.float32, joined: Callable[[Tensor], Tensor] = lambda x: x, reward: Tensor | None = None) -> Run:
     r"""Paths with their trajectories, ready for the losses; sampled without gradients.
+
+    reward : of these paths, where they have been sampled before and it need not be asked again
 
     Source: theory.md, section 7.   Checked: tests/test_torch_objectives.py::test_objectives_equal_numpy_estimators
     """
     _require(problem, grid, noise, context)
     columns = list(zip(*_chain(problem, policy, grid, noise, context, dtype), strict=True))
     states, actions, xi = torch.stack(columns[1], 1), torch.stack(columns[2][:-1], 1), torch.stack(columns[3][:-1], 1)
-    return Run(problem, policy, grid, states, xi, actions, problem.rewards(states[:, -1], context), context, joined)
+    reward = problem.rewards(states[:, -1], context) if reward is None else reward
+    return Run(problem, policy, grid, states, xi, actions, reward, context, joined)

@@ -2,6 +2,10 @@ r"""Fine-tuning an image diffusion model: updates, checkpoints, run folder.
 
 Per update: sample paths without gradients; one batched forward over all N n states; the objective's loss, and the martingale loss
 where a value is learned; Adam. Noise is a pure function of (seed, update, path), so that a resumed or a distributed run is the same run.
+
+    at_once       states of a forward pass with gradients: activations beyond it are recomputed in the backward pass
+    micro_batch   paths at a time: sampling, rewards, losses and their gradients, which are summed before the step
+    trajectories  between micro-batches: stored, or seeds, from which they are sampled again, by the policy that sampled first
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from torch import Tensor, nn
 from ctrl import check
 from ctrl.estimators import LeaveOneOut
 from ctrl.files import environment, writable, write_json
+from ctrl.torch.batch import Batch, Joined
 from ctrl.torch.chain import Run, rows, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
 from ctrl.torch.objectives import ClippedRatio, ScoreFunction
@@ -39,7 +44,7 @@ from ctrl.torch.prompts import PerPrompt, by_prompt
 from ctrl.torch.task import (
     WATCHED, Settings, Task, digest, evaluation, measured, outline, prepare, progress, save_atomically, table_of_prompts)
 from ctrl.torch.value import Ansatz, PlainValue, Value, martingale_loss
-from ctrl.torch.watch import Halves, gradient_signal, ratios
+from ctrl.torch.watch import FirstHalf, gradient_signal, pulled, ratios
 
 WARM_UP = 10  # updates over which the step size grows
 DEPLOYED_EVERY = 25  # updates between looks at the deterministic sampler
@@ -126,31 +131,41 @@ class Training:
         """One batch of paths, `epochs` steps of Adam; returns the metrics of the batch, sampled before the steps."""
         started, settings, k = time.perf_counter(), self.settings, self.iteration
         self.moved = False
-        run = self._sample(k)
+        batch = self._batch(k)
         shape = min(1, (k + 1) / WARM_UP) * 0.5 * (1 + cos(pi * k / settings.iterations))
         self.optimiser.param_groups[0]["lr"] = settings.method.learning_rate * shape
         self.value_optimiser.param_groups[0]["lr"] = settings.method.value_learning_rate * max(shape, 0.1)
         row: dict[str, Any] = {}
         later: list[Tensor] = []
         for epoch in range(settings.method.epochs):
-            now = run.under(self.policy)
-            losses = self._step(now, measured=epoch == 0)
-            row = row or {**_finite({**self._metrics(now), **losses}), **self._by_prompt(now)}
-            if epoch and isinstance(self.objective, ClippedRatio):
-                later.append(ratios(self.objective, now))
+            losses, columns, gone = self._step(batch, first=epoch == 0)
+            row = row or {**_finite({**self._metrics(columns), **losses}), **self._by_prompt(columns, k)}
+            later += [] if gone is None else [gone]
         row |= self._ratios(later)
-        self.objective.remember(now)
+        if self.statistics is not None:
+            batch.first(self.objective.remember)
         follow(self.average, self.policy, min(settings.average, (k + 1) / (k + 10)))
         self.iteration += 1
         self.queries += settings.paths
         return {"iteration": self.iteration, "queries": self.queries, **row, "seconds": time.perf_counter() - started}
 
-    def _sample(self, k: int) -> Run:
-        n = self.settings.paths
+    def _batch(self, k: int) -> Batch:
+        """This process's paths of update k, which know what couples them to all others."""
+        n, method, stored = self.settings.paths, self.settings.method, self.settings.trajectories == "stored"
         part = self._part(n)
         noise, context = self.settings.noise(k, n)[part], rows(self.task.context(n, k * n), part)
-        run = sample(self.problem, self.policy, self.grid, noise, context, joined=self.accelerator.gather)
-        return replace(run, at_once=self.settings.at_once)
+        again = not stored and (method.epochs > 1 or method.learns_value)  # sampled again after a step, by the policy before it
+        before = [p.detach().clone() for p in self.policy.trainable()] if again else None
+
+        def sampled(some: slice, joined: Joined, reward: Tensor | None) -> Run:
+            with _swapped(self.policy, before):
+                run = sample(self.problem, self.policy, self.grid, noise[some], rows(context, some), joined=joined, reward=reward)
+            return replace(run, at_once=self.settings.at_once)
+
+        batch = Batch(sampled, noise.paths, self.settings.micro_batch or noise.paths, stored=stored)
+        if (coupling := self.objective.coupling) is not None:
+            batch.everyone(self.accelerator.gather(torch.cat(batch.each(coupling)).contiguous()))
+        return batch
 
     def _part(self, n: int) -> slice:
         """This process's paths of n."""
@@ -164,7 +179,7 @@ class Training:
         n = self.settings.paths
         part = self._part(n)
         paths = simulate(replace(self.problem, eta=0.0), self.policy, self.grid, self.settings.noise(WATCHED, n)[part],
-                         rows(self.task.context(n), part))
+                         rows(self.task.context(n), part), most=self.task.most)
         return {"ode_reward": float(self.accelerator.gather(paths.reward).mean())}
 
     def sound(self) -> bool:
@@ -172,35 +187,42 @@ class Training:
         unrewarded = replace(self.problem, reward=lambda x, context: 0 * x.flatten(1).sum(1))  # NaN where a pixel is not finite
         try:
             paths = simulate(unrewarded, self.policy, self.grid, self.settings.noise(self.iteration, self.settings.paths),
-                             self.task.context(self.settings.paths, self.iteration * self.settings.paths))
+                             self.task.context(self.settings.paths, self.iteration * self.settings.paths), most=self.task.most)
         except FloatingPointError:
             return False
         return bool(paths.penalty.isfinite().all())
 
-    def _step(self, run: Run, measured: bool) -> dict[str, float]:
-        """The policy's step and those of the value; `measured`: with signal and noise of the policy's gradient."""
+    def _step(self, batch: Batch, first: bool) -> tuple[dict[str, float], Tensor, Tensor | None]:
+        """One step of the policy and those of the value, each along the whole batch's gradient; what is measured of every path, (n, ...); and how
+        far the policy has gone from the one that sampled, (n, 3), which the `first` step, with signal and noise of its gradient, does not ask."""
         n, theta = self.settings.paths, self.policy.trainable()
-        halves = Halves(run, min(max(n // 2 - self._part(n).start, 0), len(run))) if measured and n > 1 else None
-        loss = self._descend(self.objective.loss(run), self.optimiser, theta, self.settings.clip_norm, halves)
-        if self.settings.method.learns_value:
-            for _ in range(self.settings.method.value_updates):
-                loss |= {"value_loss": self._descend(martingale_loss(self.value, run), self.value_optimiser, list(self.value.parameters()))["loss"]}
-        return loss
+        half = FirstHalf(min(max(n // 2 - self._part(n).start, 0), len(batch)), theta) if first and n > 1 else None
+
+        def policy(run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
+            losses = pulled(self.objective.loss(run), len(batch)) if half is None else half.pulled(self.objective.loss, run, len(batch))
+            gone = ratios(self.objective, run) if not first and isinstance(self.objective, ClippedRatio) else None
+            return losses, self._columns(run), gone
+
+        def value(run: Run) -> Tensor:
+            return pulled(martingale_loss(self.value, run), len(batch))
+
+        self.optimiser.zero_grad()
+        losses, columns, gone = zip(*batch.each(policy), strict=True)
+        out = self._descend(torch.cat(losses), self.optimiser, theta, self.settings.clip_norm, None if half is None else half.first)
+        for _ in range(self.settings.method.value_updates if self.settings.method.learns_value else 0):
+            self.value_optimiser.zero_grad()
+            out |= {"value_loss": self._descend(torch.cat(batch.each(value)), self.value_optimiser, list(self.value.parameters()))["loss"]}
+        return out, torch.cat(columns), None if gone[0] is None else torch.cat(gone)
 
     def _descend(self, losses: Tensor, optimiser: torch.optim.Optimizer, theta: list[nn.Parameter], clip: float = float("inf"),
-                 halves: Halves | None = None) -> dict[str, float]:
-        """One step of an optimiser; on every process, FloatingPointError and no step when loss or gradient are not finite."""
-        optimiser.zero_grad()
-        if halves is None:
-            losses.mean().backward()
-        else:
-            halves.backward(losses, theta)
+                 first: list[Tensor] | None = None) -> dict[str, float]:
+        """One step of an optimiser along what was pulled; on every process, FloatingPointError and no step when loss or gradient are not finite."""
         for p in theta:  # every process has as many paths: the mean of their gradients is the joined batch's
             if p.grad is not None:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
-        signal = {} if halves is None else self._signal(halves.first, theta)
+        signal = {} if first is None else self._signal(first, theta)
         norm = nn.utils.clip_grad_norm_(theta, clip)
-        out = _finite({"loss": float(self.accelerator.gather(losses.detach()).mean()), "gradient_norm": float(norm), **signal})
+        out = _finite({"loss": float(self.accelerator.gather(losses).mean()), "gradient_norm": float(norm), **signal})
         self.moved = True
         optimiser.step()
         return out
@@ -219,21 +241,24 @@ class Training:
         return {"log_ratio_mean": float(mean.mean()), "log_ratio_max": float(largest.max()), "clipped_share": float(clipped.mean())}
 
     @torch.no_grad()
-    def _metrics(self, run: Run) -> dict[str, float]:
-        """Of the whole batch: reward, objective, KL (nats), judged share."""
+    def _columns(self, run: Run) -> Tensor:
+        """Reward, objective, KL (nats), and what the judge sees where there is one, (n, 3 or 4)."""
         judged = self.task.judged(run.states[:, -1])
-        columns = [run.reward, run.objective, run.kl] + ([] if judged is None else [judged.float()])
-        reward, objective, kl, *share = self.accelerator.gather(torch.stack(columns, 1)).T
+        return torch.stack([run.reward, run.objective, run.kl] + ([] if judged is None else [judged.float()]), 1)
+
+    def _metrics(self, columns: Tensor) -> dict[str, float]:
+        """Of the whole batch: reward, objective, KL (nats), judged share."""
+        reward, objective, kl, *share = self.accelerator.gather(columns).T
         row = {"reward": reward.mean(), "objective": objective.mean(), "kl_mean": kl.mean(), "kl_median": kl.median(), "kl_max": kl.max()}
         return {name: float(x) for name, x in row.items()} | ({"judged_share": float(share[0].mean())} if share else {})
 
-    @torch.no_grad()
-    def _by_prompt(self, run: Run) -> dict[str, Any]:
-        """Of the whole batch, for each prompt: reward and KL (nats), with their standard deviations."""
-        if self.task.prompts is None:
+    def _by_prompt(self, columns: Tensor, k: int) -> dict[str, Any]:
+        """Of the whole batch of update k, for each prompt: reward and KL (nats), with their standard deviations."""
+        n = self.settings.paths
+        if (asked := self.task.context(n, k * n)) is None:
             return {}
-        asked, reward, kl = self.accelerator.gather(torch.stack([run.prompt.to(run.reward), run.reward, run.kl], 1)).T
-        return {"prompts": by_prompt(asked.long(), reward=reward, kl=kl)}
+        reward, _, kl, *_ = self.accelerator.gather(columns).cpu().T
+        return {"prompts": by_prompt(torch.as_tensor(asked.numbers).cpu(), reward=reward, kl=kl)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, besides `iteration`."""
@@ -287,6 +312,19 @@ class Training:
         except (ValueError, FloatingPointError, OSError) as error:
             last = f"{checkpoint} (update {self.kept})" if self.kept else "none yet"
             raise TrainingStopped(f"{doing} of {type(self.settings.method).__name__}: {error}; last good checkpoint: {last}") from error
+
+
+@contextmanager
+def _swapped(policy: Policy, theta: list[Tensor] | None) -> Iterator[None]:
+    """The policy with other parameters inside; None for its own."""
+    pairs = [] if theta is None else list(zip(policy.trainable(), theta, strict=True))
+    for p, other in pairs:
+        p.data, other.data = other.data, p.data
+    try:
+        yield
+    finally:
+        for p, other in pairs:
+            p.data, other.data = other.data, p.data
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ All losses are per path (n,); their mean is what an optimiser minimises. KL is i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ from ctrl.noise import NoiseLike
 from ctrl.schedule import TimeGrid
 from ctrl.torch.chain import Problem, Run, inner, sample, step
 from ctrl.torch.policy import Policy
-from ctrl.torch.prompts import PerPrompt
+from ctrl.torch.prompts import PerPrompt, with_prompt
 from ctrl.torch.value import Value, value_gradients, values
 
 SAMPLES_AT_ONCE = 64  # per-path gradients in one batched backward pass
@@ -45,6 +46,11 @@ class Objective(ABC):
 
     def remember(self, run: Run) -> None:  # noqa: B027
         """Take in what later batches are to know of this one, after its last step: nothing, as a rule."""
+
+    @property
+    def coupling(self) -> Callable[[Run], Tensor] | None:
+        """Numbers of each path, (n, ...), which the loss wants of the whole batch, through `run.joined`; None where every path is by itself."""
+        return None
 
     def __call__(self, problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, context: Any = None) -> Gradient:
         """The estimator: per-path gradients in theta (all trainable parameters, in order), in float64."""
@@ -84,6 +90,12 @@ class ScoreFunction(Objective):
             what = "antithetic pairs" if noise.group > 1 else "a quadrature rule"
             raise ValueError(f"noise: expected independent random paths for a leave-one-out baseline, got {what}")
         return super().__call__(problem, policy, grid, noise, context)
+
+    @property
+    def coupling(self) -> Callable[[Run], Tensor] | None:
+        if isinstance(self.baseline, PerPrompt):
+            return lambda run: with_prompt(run, self.returns(run))
+        return self.returns if isinstance(self.baseline, LeaveOneOut) else None
 
     def returns(self, run: Run) -> Tensor:
         """What multiplies the score before the baseline, (n, N): G at every step."""
@@ -285,10 +297,18 @@ class RewardWeighted(Objective):
 
     anchored: bool = True
 
-    def loss(self, run: Run) -> Tensor:
+    @property
+    def coupling(self) -> Callable[[Run], Tensor] | None:
+        return self.logits
+
+    def logits(self, run: Run) -> Tensor:
+        """log w of each path, (n,), before they are normalised."""
         if run.problem.kl_weight == 0:
             raise ValueError("kl_weight: expected kl_weight > 0 for reward-weighted regression (weights e^{r/kl_weight}), got 0")
-        logits = run.final / run.problem.kl_weight - (run.k1.sum(1) if self.anchored else 0.0)
+        return run.final / run.problem.kl_weight - (run.k1.sum(1) if self.anchored else 0.0)
+
+    def loss(self, run: Run) -> Tensor:
+        logits = self.logits(run)
         everyone = run.joined(logits)
         weight = len(everyone) * (logits - everyone.logsumexp(0)).exp()
         return -weight * run.log_ratio.sum(1)

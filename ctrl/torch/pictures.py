@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
@@ -26,7 +27,9 @@ def before_and_after(task: Task, policy: Policy, pretrained: Policy, settings: S
     """
     grid, noise = sampling_grid(task.problem.schedule, settings.steps), settings.noise(PICTURES, 64)
     sets = [("pre-trained", "before", pretrained), ("fine-tuned", "after", policy)]
-    tiles = [(title, name, tile(task.decode(simulate(task.problem, model, grid, noise, task.context(64)).terminal))) for title, name, model in sets]
+    ends = [simulate(task.problem, model, grid, noise, task.context(64), most=task.most).terminal for _, _, model in sets]
+    drawn = [torch.cat([task.decode(x).cpu() for x in end.split(task.most or 64)]) for end in ends]
+    tiles = [(title, name, tile(images)) for (title, name, _), images in zip(sets, drawn, strict=True)]
     for _, name, picture in tiles:
         imsave(out / f"{name}.png", _enlarged(picture), cmap="gray", vmin=0, vmax=1)
     figure = Figure(figsize=(7, 3.8), layout="constrained")  # no pyplot, so that a notebook keeps its backend

@@ -58,9 +58,17 @@ class PerPrompt(nn.Module):
         self.weight = (w + now).clamp(max=self.memory)
 
 
+def with_prompt(run: Run, returns: Tensor) -> Tensor:
+    """Returns and, in the last column, the number of each path's prompt, (n, N + 1): what couples a batch.
+
+    Source: theory.md, section 7.   Checked: tests/test_torch_prompts.py::test_baseline_is_its_formula
+    """
+    return torch.cat([returns, run.prompt[:, None].to(returns)], 1)
+
+
 def _joined(run: Run, returns: Tensor) -> tuple[Tensor, Tensor]:
     """Of all processes: returns (m, N), numbers of prompts (m,); in one message."""
-    together = run.joined(torch.cat([returns, run.prompt[:, None].to(returns)], 1))
+    together = run.joined(with_prompt(run, returns))
     return together[:, :-1], together[:, -1].round().long()
 
 

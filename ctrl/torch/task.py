@@ -134,6 +134,10 @@ class Settings:
     """Compute precision of the networks; states, log-densities and KL stay float32."""
     at_once: int = 2**16
     """States in one forward pass with gradients; beyond it activations are recomputed: less memory, the same numbers."""
+    micro_batch: int | None = None
+    """Paths (of a process) at a time, whose gradients are summed before the step: networks, decoder and reward then hold no more for more --paths."""
+    trajectories: Literal["stored", "seeds"] = "stored"
+    """What is kept of paths between micro-batches: their states, or their rewards alone, and they are sampled again from their noise."""
     pretraining: Pretraining = Pretraining()
     """How the model is trained before."""
     samples: int = 2000
@@ -159,6 +163,8 @@ class Settings:
         check.integer("samples", self.samples, at_least=2)  # fewer have no standard error
         if check.integer("reference_samples", self.reference_samples, at_least=0) == 1:
             raise ValueError("reference_samples: expected none, or at least 2 for a standard error, got 1")
+        if self.micro_batch is not None:
+            check.integer("micro_batch", self.micro_batch, at_least=1)
         for name in ("epochs", "value_updates"):
             check.integer(f"method.{name}", getattr(self.method, name), at_least=1)
         for name in ("learning_rate", "value_learning_rate"):
@@ -191,6 +197,11 @@ class Settings:
                        reference_samples=min(self.reference_samples, 256), reference_steps=10, threads=self.threads or 1,
                        pretraining=replace(self.pretraining, iterations=60, batch=128, width=64))
 
+    @property
+    def most(self) -> int | None:
+        """Paths at a time where they are sampled beside the updates: no more than these hold, where a reward or a decoder is the larger part."""
+        return self.micro_batch or (None if self.pipeline is None else self.paths)
+
     def noise(self, stream: int, paths: int) -> Noise:
         """Noise of update `stream`, or of one of the streams beside the updates."""
         return Noise((self.seed << 32) + stream, paths)
@@ -204,7 +215,7 @@ class Settings:
         fields = {name: value for name, value in asdict(self).items() if name not in self.elsewhere}
         return json.loads(json.dumps({**fields, **named}, default=str))
 
-    elsewhere: ClassVar[tuple[str, ...]] = ("at_once", "reward_workers", "threads", "cache")
+    elsewhere: ClassVar[tuple[str, ...]] = ("at_once", "micro_batch", "trajectories", "reward_workers", "threads", "cache")
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +225,7 @@ class Task:
     problem : its `pretrained` is the base model      judged : images -> (n,) bool, or None where the reward has no classes
     reference : samples of the base model on a fine grid, behind J*; none for no yardstick
     images : the data, None of a pipeline      prompts : of a pipeline that has some      decode : states to images, for the reward and pictures
+    most : paths sampled, decoded and rewarded at a time beside the updates; None for as many as their states allow
     """
 
     images: data.Images | None
@@ -224,6 +236,7 @@ class Task:
     reference: Tensor
     prompts: Prompts | None = None
     decode: Decoded = field(default_factory=Decoded)
+    most: int | None = None
 
     def context(self, paths: int, first: int = 0) -> Prompts | None:
         """The prompts of so many paths from number `first` on, in turn."""
@@ -246,8 +259,8 @@ class Task:
     def reference_rewards(self) -> np.ndarray:
         """Rewards of the reference samples, (n,)."""
         with torch.no_grad():
-            asked = self.context(len(self.reference))
-            parts = [self.problem.rewards(self.reference[a : a + 2000], rows(asked, slice(a, a + 2000))) for a in range(0, len(self.reference), 2000)]
+            asked, size = self.context(len(self.reference)), min(self.most or 2000, 2000)
+            parts = [self.problem.rewards(self.reference[a : a + size], rows(asked, slice(a, a + size))) for a in range(0, len(self.reference), size)]
         return torch.cat(parts).double().cpu().numpy()
 
     @cached_property
@@ -274,7 +287,7 @@ def outline(settings: Settings, device: torch.device | str = "cpu") -> Task:
     network.mean.copy_(images.pixels.flatten(1).mean(0))
     base = _policy(network, settings, device)
     problem = Problem(SCHEDULE, base, reward, images.shape, settings.kl_weight, settings.eta)
-    return Task(images, problem, base, judge, label, reference=images.pixels[:0])
+    return Task(images, problem, base, judge, label, reference=images.pixels[:0], most=settings.most)
 
 
 def prepare(settings: Settings, device: torch.device | str = "cpu", outlined: Task | None = None) -> Task:
@@ -298,7 +311,7 @@ def _of_pipeline(settings: Settings, device: torch.device | str) -> Task:
         raise ValueError(f"reference_samples: expected 0 or a multiple of {asked} prompts, at least two of each, got {settings.reference_samples}")
     reward = OfImages(_asked_of(settings), found.decode)
     problem = Problem(found.schedule, found.base, reward, found.shape, settings.kl_weight, settings.eta)
-    return Task(None, problem, found.base, None, None, torch.empty(0, *found.shape), found.prompts, found.decode)
+    return Task(None, problem, found.base, None, None, torch.empty(0, *found.shape), found.prompts, found.decode, settings.most)
 
 
 def _unlabelled(chosen: RewardChoice) -> rewards.ImageReward:
@@ -438,7 +451,7 @@ class _Cache:
             with progress("sampling the pre-trained model", settings.reference_samples) as step:
                 for first in range(0, settings.reference_samples, 1000):
                     part, context = noise[first : first + 1000], rows(asked, slice(first, first + 1000))
-                    parts.append(simulate(unrewarded, exact, grid, part, context).terminal.cpu())
+                    parts.append(simulate(unrewarded, exact, grid, part, context, most=task.most).terminal.cpu())
                     step(part.paths)
             return {"images": torch.cat(parts)}
 
@@ -485,7 +498,7 @@ def evaluation(task: Task, policy: Policy, pretrained: Policy, settings: Setting
     """The fresh paths of an evaluation, of the prompts in turn."""
     problem = replace(task.problem, pretrained=pretrained, eta=settings.eta if eta is None else eta)
     return simulate(problem, policy, sampling_grid(problem.schedule, steps or settings.steps), settings.noise(EVALUATION, settings.samples),
-                    task.context(settings.samples))
+                    task.context(settings.samples), most=task.most)
 
 
 def measured(task: Task, paths: Paths) -> dict[str, float]:

@@ -2,7 +2,7 @@ r"""What a run is watched by, beside reward and KL: how far a batch's later epoc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,46 @@ class Halves:
         self.first: list[Tensor] = []
         run.__dict__["mu"] = self.mu
 
-    def backward(self, losses: Tensor, theta: Sequence[nn.Parameter]) -> None:
-        """As losses.mean().backward()."""
-        pull = torch.autograd.grad(losses.mean(), self.mu)[0]
+    def backward(self, loss: Tensor, theta: Sequence[nn.Parameter]) -> None:
+        """As loss.backward()."""
+        pull = torch.autograd.grad(loss, self.mu)[0]
         self.first = [torch.zeros_like(p) for p in theta]
         for part, mu in zip(self.parts, self.passing, strict=True):
             mu.backward(pull[part])
             if part.stop == self.cut:
                 self.first = [kept if p.grad is None else p.grad.clone() for p, kept in zip(theta, self.first, strict=True)]
+
+
+class FirstHalf:
+    """The share of a batch's first paths in its gradient, noted while the batch arrives in parts.
+
+    paths : of the first half, perhaps all of this process's or none      first : that share, once they have passed; zero until then
+    Source: theory.md, section 7.   Checked: tests/test_torch_watch.py::test_two_halves_are_the_whole
+    """
+
+    def __init__(self, paths: int, theta: Sequence[nn.Parameter]) -> None:
+        self.left, self.theta = paths, theta
+        self.first = [torch.zeros_like(p) for p in theta]
+
+    def pulled(self, loss: Callable[[Run], Tensor], run: Run, paths: int) -> Tensor:
+        """As `pulled`, of the losses of the part that comes next."""
+        cut, self.left = self.left, self.left - len(run)
+        if 0 < cut < len(run):
+            halves = Halves(run, cut)
+            losses = loss(run)
+            halves.backward(losses.sum() / paths, self.theta)
+            self.first = halves.first
+            return losses.detach()
+        losses = pulled(loss(run), paths)
+        if cut == len(run):
+            self.first = [kept if p.grad is None else p.grad.clone() for p, kept in zip(self.theta, self.first, strict=True)]
+        return losses
+
+
+def pulled(losses: Tensor, paths: int) -> Tensor:
+    """The losses of a part of a batch of so many paths, as numbers, after their gradient has been added to that of the batch's mean."""
+    (losses.sum() / paths).backward()
+    return losses.detach()
 
 
 def gradient_signal(first: Sequence[Tensor], whole: Sequence[Tensor], share: float = 0.5) -> dict[str, float]:
