@@ -17,6 +17,7 @@ from ctrl.torch import objectives, rewards
 from ctrl.torch.batch import Batch, Joined
 from ctrl.torch.chain import sample
 from ctrl.torch.methods import ALL, DPOK, PPO, ScoreFunction, ValueGradient
+from ctrl.torch.pipelines import Prompts
 from ctrl.torch.task import outline
 
 torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def training(task, method, accelerator=CPU, **changed):
     out.policy.double(), out.average.double(), out.value.double()
     with torch.no_grad():
         for p in (*out.policy.parameters(), *out.value.parameters()):
-            p += 0.05 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel()))
+            p += 0.01 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel()))
     return out
 
 
@@ -56,7 +57,8 @@ def ends(made):
     """Metrics of an update, the last gradients, and where they lead."""
     row = {key: x for key, x in made.update().items() if key != "seconds"}
     moved = [*made.policy.trainable(), *(made.value.parameters() if made.settings.method.learns_value else ())]
-    return row, torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved]), torch.cat([p.detach().flatten() for p in moved])
+    pulled = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
+    return row, pulled, torch.cat([p.detach().flatten() for p in moved])
 
 
 def error(one, other):
@@ -80,9 +82,8 @@ def test_single_precision(method, tmp_path, monkeypatch):
     """As a run has it: to rounding."""
     monkeypatch.setattr(f, "sample", sample)
     task = outline(replace(BASE, cache=tmp_path))
-    found = []
-    for changed in ({}, {"micro_batch": 3}, {"micro_batch": 3, "trajectories": "seeds"}):
-        found.append(ends(f.Training(task, replace(BASE, method=replace(method, value_updates=1), **changed), CPU)))
+    how = ({}, {"micro_batch": 3}, {"micro_batch": 3, "trajectories": "seeds"})
+    found = [ends(f.Training(task, replace(BASE, method=replace(method, value_updates=1), **changed), CPU)) for changed in how]
     assert max(error(parts, found[0]) for parts in found[1:]) < 2e-5
     assert torch.equal(found[1][2], found[2][2])  # the same paths, whether they are kept or sampled again
 
@@ -101,6 +102,22 @@ def test_paths_are_sampled_again_bit_for_bit(task):
             p.mul_(1.5)
     assert torch.equal(torch.cat(batch.each(lambda run: run.states)), first) and not torch.equal(states(made), first)
     torch.testing.assert_close(first, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("trajectories", ["stored", "seeds"])
+@pytest.mark.parametrize("method", [m for m in WIDE if isinstance(m, ScoreFunction | PPO)], ids=name)
+def test_prompts_are_those_of_the_whole_batch(task, method, trajectories, monkeypatch):
+    """Baselines of each prompt, what is remembered of them, and the second update, which they enter; planted: a part's own paths alone."""
+    asked, found = replace(task, prompts=Prompts(("one", "two", "three"), (torch.zeros(3, 1),))), []
+    for changed in ({}, {"micro_batch": 3, "trajectories": trajectories}, {"micro_batch": 3, "trajectories": trajectories}):
+        made = training(asked, method, **changed)
+        made.statistics.double()
+        if len(found) == 2:
+            alone(monkeypatch)
+        made.update()
+        found.append((ends(made), made.statistics.mean.clone()))
+    (whole, mean), (parts, also), (wrong, _) = found
+    assert error(parts, whole) < 1e-10 and torch.allclose(mean, also, rtol=1e-12) and error(wrong, whole) > 1e-4
 
 
 # ------------------------------------------------------------------------------------------- planted errors
