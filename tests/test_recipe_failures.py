@@ -42,7 +42,7 @@ def test_the_planted_kl_is_a_mean(tiny):
     training = Training(task, study.replace(plan.settings, method=methods.PPO(learning_rate=1e-2), iterations=50), Alone(torch.device("cpu")))
     for _ in range(3):
         training.update()
-    run = training._sample(3).under(training.policy)
+    run = study.replace(training._batch(3).each(lambda run: run)[0], joined=lambda x: x)  # each of the two has returns of its own
     planted, right = study.MeanKL(clip=0.2), study.objectives.ClippedRatio(clip=0.2)
     spread = run.rate[:, None] * run.departure.square().flatten(2)  # (n, N, d)
     surrogate = planted.loss(run) - spread.mean((1, 2))

@@ -388,7 +388,8 @@ def test_prompts_are_compared_with_earlier_updates_only(latent, tmp_path, monkey
     monkeypatch.setattr(ct.ClippedRatio, "advantage", lambda self, run: seen.append(self.baseline.weight.tolist()) or advantage(self, run))
     for _ in range(2):
         training.update()
-    assert seen == [[0] * 4] * 2 + [[1, 1, 1, 0]] * 2 and training.statistics.weight.tolist() == [2, 2, 1, 1]
+    # the loss of both steps, and what is said of the second one's ratios
+    assert seen == [[0] * 4] * 3 + [[1, 1, 1, 0]] * 3 and training.statistics.weight.tolist() == [2, 2, 1, 1]
 
 
 def test_statistics_of_prompts_are_kept(latent, tmp_path):
