@@ -109,7 +109,7 @@ def test_same_bits_in_order(user, pooled, tmp_path):
     assert torch.equal(reward(x, prompts), expected) and torch.equal(reward(x[:2], prompts[:2]), expected[:2])
     assert reward(x.double(), prompts).dtype == torch.float64
     theirs = [path.name for path in tmp_path.glob("pid-*") if str(os.getpid()) not in path.name]
-    assert len(theirs) > 1 and all(name.endswith("-1") for name in theirs)
+    assert theirs and all(name.endswith("-1") for name in theirs)  # a quick worker may have taken all of it
     assert all(alive(int(name.split("-")[1])) for name in theirs)
     reward.close()
     assert soon(lambda: not any(alive(int(name.split("-")[1])) for name in theirs))
