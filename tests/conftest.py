@@ -49,3 +49,39 @@ def away():
         return float(np.linalg.norm(estimator(problem, policy, grid, noise).mean - target) / np.linalg.norm(target))
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """(make, work) -> what work returns of make(accelerator) in each of two threads, which exchange as two processes do under `accelerate`."""
+    import threading
+    from types import SimpleNamespace
+
+    import torch
+
+    def run(make, work, factor=1.0):
+        barrier, slots, out = threading.Barrier(2, timeout=60), [None, None], [None, None]
+
+        def rank(k):
+            def exchange(x):
+                slots[k] = x
+                barrier.wait()
+                both = list(slots)
+                barrier.wait()
+                return both
+
+            return SimpleNamespace(device=torch.device("cpu"), process_index=k, num_processes=2, is_main_process=k == 0,
+                                   gather=lambda x: torch.cat(exchange(x.detach())), reduce=lambda x, how: factor * torch.stack(exchange(x)).mean(0))
+
+        def done(k):
+            out[k] = work(parts[k])
+
+        parts = [make(rank(k)) for k in range(2)]  # not in the threads, which share one seed
+        threads = [threading.Thread(target=done, args=(k,)) for k in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return out
+
+    return run

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ctrl.torch import finetune as f
-from ctrl.torch import watch
-from ctrl.torch import objectives, rewards
+from ctrl.torch import objectives, rewards, watch
 from ctrl.torch.batch import Batch, Joined
 from ctrl.torch.chain import sample
 from ctrl.torch.methods import ALL, DPOK, PPO, ScoreFunction, ValueGradient
@@ -134,22 +131,21 @@ def new_paths(monkeypatch):
 
 def mean_of_means(monkeypatch):
     """An uneven last part weighs as much as the others."""
-    def pull(losses, paths):
-        (losses.mean() / -(-paths // 3)).backward()
+    def backward(batch, losses):
+        (losses.mean() / len(batch.parts)).backward()
         return losses.detach()
 
-    for module in (f, watch):
-        monkeypatch.setattr(module, "pulled", pull)
+    monkeypatch.setattr(Batch, "backward", backward)
 
 
 def last_part(monkeypatch):
     """The gradient of the last part alone."""
-    def pull(self, loss, run, paths):
+    def backward(self, batch, loss, run):
         for p in self.theta:
             p.grad = None
-        return watch.pulled(loss(run), paths)
+        return batch.backward(loss(run))
 
-    monkeypatch.setattr(watch.FirstHalf, "pulled", pull)
+    monkeypatch.setattr(watch.FirstHalf, "backward", backward)
 
 
 COUPLED = ("ScoreFunction", "PPOx2", "RewardWeighted")
@@ -206,38 +202,11 @@ def test_parts_are_let_go(task, trajectories):
         gc.enable()
 
 
-class Together:
-    """Two threads in the place of two processes."""
-
-    def __init__(self):
-        self.barrier, self.slots = threading.Barrier(2, timeout=60), [None, None]
-
-    def rank(self, k):
-        def exchange(x):
-            self.slots[k] = x
-            self.barrier.wait()
-            out = list(self.slots)
-            self.barrier.wait()
-            return out
-
-        return SimpleNamespace(device=torch.device("cpu"), process_index=k, num_processes=2, is_main_process=k == 0,
-                               gather=lambda x: torch.cat(exchange(x.detach())), reduce=lambda x, how: torch.stack(exchange(x)).mean(0))
-
-
 @pytest.mark.parametrize("method", [ScoreFunction(), PPO(), DPOK(value_updates=2)], ids=name)
-def test_two_processes_by_parts(task, method):
+def test_two_processes_by_parts(task, method, two_processes):
     """4 paths each, 3 and 1 at a time, from seeds: the gradient of the joined batch."""
-    whole, group, out = ends(training(task, method)), Together(), [None, None]
-    made = [training(task, method, group.rank(k), micro_batch=3, trajectories="seeds") for k in range(2)]
-
-    def work(k):
-        out[k] = ends(made[k])
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    whole = ends(training(task, method))
+    out = two_processes(lambda accelerator: training(task, method, accelerator, micro_batch=3, trajectories="seeds"), ends)
     assert error(out[0], whole) < 1e-10 and torch.equal(out[0][2], out[1][2]) and out[0][0] == pytest.approx(whole[0], rel=1e-9)
 
 

@@ -12,7 +12,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
@@ -593,44 +592,19 @@ def test_checkpoint_of_another_base_model(done, tmp_path):
 # ------------------------------------------------------------------------------------------- processes
 
 
-class Together:
-    """Two threads in the place of two processes: what `accelerate` does between them."""
-
-    def __init__(self, world=2, factor=1.0):
-        self.barrier, self.slots, self.world, self.factor = threading.Barrier(world, timeout=60), [None] * world, world, factor
-
-    def rank(self, k):
-        def exchange(x):
-            self.slots[k] = x
-            self.barrier.wait()
-            out = list(self.slots)
-            self.barrier.wait()
-            return out
-
-        return SimpleNamespace(device=torch.device("cpu"), process_index=k, num_processes=self.world, is_main_process=k == 0,
-                               gather=lambda x: torch.cat(exchange(x.detach())),
-                               reduce=lambda x, how: self.factor * torch.stack(exchange(x)).mean(0))
-
-
 def gradient(part):
     """What the last step of the policy was taken along, (p,)."""
     return torch.cat([p.grad.flatten() for p in part.policy.trainable()])
 
 
-def on_two(done, method, **how):
+@pytest.fixture
+def on_two(done, two_processes):
     """One update by two processes, not clipped: the row, the gradient and the tensors of both."""
-    group, out = Together(**how), [None, None]
-    parts = [training(done, group.rank(k), method=method, clip_norm=1e9) for k in range(2)]  # not in the threads, which share one seed
+    def run(method, factor=1.0):
+        return two_processes(lambda accelerator: training(done, accelerator, method=method, clip_norm=1e9),
+                             lambda part: (part.update(), gradient(part), part.tensors()), factor)
 
-    def work(k):
-        out[k] = parts[k].update(), gradient(parts[k]), parts[k].tensors()
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return out
+    return run
 
 
 def distance(rows, expected):
@@ -642,7 +616,7 @@ def distance(rows, expected):
 
 
 @pytest.mark.parametrize("method", methods.ALL, ids=lambda method: type(method).__name__)
-def test_two_processes_take_the_gradient_of_the_joined_batch(done, method):
+def test_two_processes_take_the_gradient_of_the_joined_batch(done, on_two, method):
     """To float32 rounding, for every method, and end with the very same parameters as each other."""
     whole = training(done, method=method, clip_norm=1e9)
     row, expected = whole.update(), gradient(whole)
@@ -650,12 +624,12 @@ def test_two_processes_take_the_gradient_of_the_joined_batch(done, method):
     def error(both):
         return float((both[0][1] - expected).norm() / expected.norm())
 
-    both = on_two(done, method)
+    both = on_two(method)
     assert error(both) < 1e-6 and distance([both[0][0]], [row]) < 1e-6 and same(both[0][2], both[1][2])
-    assert error(on_two(done, method, factor=2.0)) > 0.5  # planted: the sum of the gradients
+    assert error(on_two(method, factor=2.0)) > 0.5  # planted: the sum of the gradients
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f, "sample", lambda *given, joined, reward: sample(*given))  # planted: each couples the paths of its own half alone
-        assert (error(on_two(done, method)) > 0.1) == isinstance(method, (methods.ScoreFunction, methods.PPO, methods.RewardWeighted))
+        assert (error(on_two(method)) > 0.1) == isinstance(method, (methods.ScoreFunction, methods.PPO, methods.RewardWeighted))
 
 
 def test_torchrun(done, tmp_path):

@@ -407,6 +407,11 @@ def test_statistics_of_prompts_are_kept(latent, tmp_path):
         mine, theirs = part.tensors(), whole.tensors()
         moved = [name for name in theirs if not torch.equal(mine[name], theirs[name])]
         assert any(name.startswith("policy") for name in moved) if forgotten else not moved
+    older = {name: x for name, x in load_file(path).items() if not name.startswith("statistics")}
+    with safe_open(path, "pt") as file:
+        save_file(older, path, file.metadata())
+    with pytest.raises(ValueError, match="resume: expected a checkpoint with statistics of prompts"):
+        part.load(path)
 
 
 RUNS = r"""

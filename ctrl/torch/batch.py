@@ -63,6 +63,11 @@ class Batch:
         """`what` of every part in turn; a part is let go before the next one comes."""
         return [self._of(j, what) for j in range(len(self.parts))]
 
+    def backward(self, losses: Tensor) -> Tensor:
+        """Add the share of a part's losses, (k,), to the gradient of the batch's mean; the losses as numbers."""
+        (losses.sum() / self.paths).backward()
+        return losses.detach()
+
     def first(self, what: Callable[[Run], T]) -> T:
         """`what` of the first part, for what joins the whole batch by itself."""
         return self._of(0, what)

@@ -44,7 +44,7 @@ from ctrl.torch.prompts import PerPrompt, by_prompt
 from ctrl.torch.task import (
     WATCHED, Settings, Task, digest, evaluation, measured, outline, prepare, progress, save_atomically, table_of_prompts)
 from ctrl.torch.value import Ansatz, PlainValue, Value, martingale_loss
-from ctrl.torch.watch import FirstHalf, gradient_signal, pulled, ratios
+from ctrl.torch.watch import FirstHalf, gradient_signal, ratios
 
 WARM_UP = 10  # updates over which the step size grows
 DEPLOYED_EVERY = 25  # updates between looks at the deterministic sampler
@@ -135,13 +135,11 @@ class Training:
         shape = min(1, (k + 1) / WARM_UP) * 0.5 * (1 + cos(pi * k / settings.iterations))
         self.optimiser.param_groups[0]["lr"] = settings.method.learning_rate * shape
         self.value_optimiser.param_groups[0]["lr"] = settings.method.value_learning_rate * max(shape, 0.1)
-        row: dict[str, Any] = {}
-        later: list[Tensor] = []
-        for epoch in range(settings.method.epochs):
-            losses, columns, gone = self._step(batch, first=epoch == 0)
-            row = row or {**_finite({**self._metrics(columns), **losses}), **self._by_prompt(columns, k)}
-            later += [] if gone is None else [gone]
-        row |= self._ratios(later)
+        losses, columns = self._step(batch, first=True)
+        assert columns is not None
+        row: dict[str, Any] = {**_finite({**self._metrics(columns), **losses}), **self._by_prompt(columns, k)}
+        later = [self._step(batch, first=False)[1] for _ in range(settings.method.epochs - 1)]
+        row |= self._ratios([gone for gone in later if gone is not None])
         if self.statistics is not None:
             batch.first(self.objective.remember)
         follow(self.average, self.policy, min(settings.average, (k + 1) / (k + 10)))
@@ -192,27 +190,30 @@ class Training:
             return False
         return bool(paths.penalty.isfinite().all())
 
-    def _step(self, batch: Batch, first: bool) -> tuple[dict[str, float], Tensor, Tensor | None]:
-        """One step of the policy and those of the value, each along the whole batch's gradient; what is measured of every path, (n, ...); and how
-        far the policy has gone from the one that sampled, (n, 3), which the `first` step, with signal and noise of its gradient, does not ask."""
+    def _step(self, batch: Batch, first: bool) -> tuple[dict[str, float], Tensor | None]:
+        """One step of the policy and those of the value, each along the whole batch's gradient, and what is said of every path.
+
+        The `first` step has signal and noise of its gradient, and `_columns`; later ones have how far the policy has gone, (n, 3), if by a ratio.
+        """
         n, theta = self.settings.paths, self.policy.trainable()
         half = FirstHalf(min(max(n // 2 - self._part(n).start, 0), len(batch)), theta) if first and n > 1 else None
 
-        def policy(run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
-            losses = pulled(self.objective.loss(run), len(batch)) if half is None else half.pulled(self.objective.loss, run, len(batch))
-            gone = ratios(self.objective, run) if not first and isinstance(self.objective, ClippedRatio) else None
-            return losses, self._columns(run), gone
+        def policy(run: Run) -> tuple[Tensor, Tensor | None]:
+            losses = batch.backward(self.objective.loss(run)) if half is None else half.backward(batch, self.objective.loss, run)
+            if first:
+                return losses, self._columns(run)
+            return losses, ratios(self.objective, run) if isinstance(self.objective, ClippedRatio) else None
 
         def value(run: Run) -> Tensor:
-            return pulled(martingale_loss(self.value, run), len(batch))
+            return batch.backward(martingale_loss(self.value, run))
 
         self.optimiser.zero_grad()
-        losses, columns, gone = zip(*batch.each(policy), strict=True)
+        losses, said = zip(*batch.each(policy), strict=True)
         out = self._descend(torch.cat(losses), self.optimiser, theta, self.settings.clip_norm, None if half is None else half.first)
         for _ in range(self.settings.method.value_updates if self.settings.method.learns_value else 0):
             self.value_optimiser.zero_grad()
             out |= {"value_loss": self._descend(torch.cat(batch.each(value)), self.value_optimiser, list(self.value.parameters()))["loss"]}
-        return out, torch.cat(columns), None if gone[0] is None else torch.cat(gone)
+        return out, None if said[0] is None else torch.cat(said)
 
     def _descend(self, losses: Tensor, optimiser: torch.optim.Optimizer, theta: list[nn.Parameter], clip: float = float("inf"),
                  first: list[Tensor] | None = None) -> dict[str, float]:
@@ -295,6 +296,8 @@ class Training:
                     if name == "value" or key in kept:
                         p.copy_(tensors[f"{name}.{key}"])
         if self.statistics is not None:
+            if "statistics.mean" not in tensors:
+                raise ValueError(f"resume: expected a checkpoint with statistics of prompts, got {path} without (an older version's)")
             self.statistics.load_state_dict({key: tensors[f"statistics.{key}"] for key in self.statistics.state_dict()})
         for name, optimiser in self.optimisers.items():
             state: dict[int, dict[str, Tensor]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ctrl.torch.batch import Batch
 from ctrl.torch.chain import Run
 from ctrl.torch.objectives import ClippedRatio
 
@@ -50,25 +51,19 @@ class FirstHalf:
         self.left, self.theta = paths, theta
         self.first = [torch.zeros_like(p) for p in theta]
 
-    def pulled(self, loss: Callable[[Run], Tensor], run: Run, paths: int) -> Tensor:
-        """As `pulled`, of the losses of the part that comes next."""
+    def backward(self, batch: Batch, loss: Callable[[Run], Tensor], run: Run) -> Tensor:
+        """As batch.backward(loss(run)), of the part that comes next."""
         cut, self.left = self.left, self.left - len(run)
         if 0 < cut < len(run):
             halves = Halves(run, cut)
             losses = loss(run)
-            halves.backward(losses.sum() / paths, self.theta)
+            halves.backward(losses.sum() / len(batch), self.theta)
             self.first = halves.first
             return losses.detach()
-        losses = pulled(loss(run), paths)
+        losses = batch.backward(loss(run))
         if cut == len(run):
             self.first = [kept if p.grad is None else p.grad.clone() for p, kept in zip(self.theta, self.first, strict=True)]
         return losses
-
-
-def pulled(losses: Tensor, paths: int) -> Tensor:
-    """The losses of a part of a batch of so many paths, as numbers, after their gradient has been added to that of the batch's mean."""
-    (losses.sum() / paths).backward()
-    return losses.detach()
 
 
 def gradient_signal(first: Sequence[Tensor], whole: Sequence[Tensor], share: float = 0.5) -> dict[str, float]:
