@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -386,11 +387,16 @@ def finetune(settings: Finetune) -> dict[str, Any] | None:
 
 
 def _prepared(settings: Finetune, accelerator: Accelerator) -> Task:
-    """The task, after one update of an untrained model on two paths: what cannot work is refused before the long work."""
+    """The task, after a few updates of an untrained model on a few paths: what cannot work is refused before the long work, and a plan is printed."""
+    from ctrl.torch.plan import plan
+
     with accelerator.main_process_first():
         outlined = outline(settings, accelerator.device)
-    with suppress(FloatingPointError):  # of a model that is not the one to be trained
-        Training(outlined, replace(settings, paths=min(settings.paths, 2)), Alone(accelerator.device)).update()
+    planned = "plan: none, as numbers of the model that is not trained yet are not finite"
+    with suppress(FloatingPointError):
+        planned = str(plan(outlined, settings, accelerator.num_processes))
+    if accelerator.is_main_process:
+        print(planned, file=sys.stderr)
     with accelerator.main_process_first():  # the others find in the cache what the first has made
         return prepare(settings, accelerator.device, outlined)
 

@@ -40,6 +40,7 @@ from ctrl.torch.yardstick import Yardstick, average, yardstick
 SCHEDULE = VP()
 ATTEMPTS = 3
 EVALUATION, PRETRAINED, PICTURES, WATCHED = (2**31 + k for k in range(4))  # noise streams beside those of the updates, 0 ... 2^31 - 1
+REFERENCE_AT_ONCE, REWARDED_AT_ONCE = 1000, 2000  # reference samples drawn and rewarded at a time, at most
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ class Settings:
     at_once: int = 2**16
     """States in one forward pass with gradients; beyond it activations are recomputed: less memory, the same numbers."""
     micro_batch: int | None = None
-    """Paths (of a process) at a time, whose gradients are summed before the step: networks, decoder and reward then hold no more for more --paths."""
+    """Paths (of a process) at a time; their gradients are summed before the step, so that what networks and reward hold does not grow with --paths."""
     trajectories: Literal["stored", "seeds"] = "stored"
-    """What is kept of paths between micro-batches: their states, or their rewards alone, and they are sampled again from their noise."""
+    """What is kept of paths between micro-batches: their states, or their rewards alone, to sample them again from their noise."""
     pretraining: Pretraining = Pretraining()
     """How the model is trained before."""
     samples: int = 2000
@@ -255,11 +256,17 @@ class Task:
         with torch.no_grad():
             return self.judge.to(images.device)(images).argmax(1) == self.label
 
+    @property
+    def memoryless(self) -> Problem:
+        """What reference samples are drawn of: at eta = 1 and in full precision whatever the fine-tuning's, as J* belongs to the data's own tilt."""
+        exact = NetworkPolicy(self.base.network, self.base.prediction)
+        return replace(self.problem, pretrained=exact, eta=1.0, reward=lambda x, context: x.flatten(1).sum(1))
+
     @cached_property
     def reference_rewards(self) -> np.ndarray:
         """Rewards of the reference samples, (n,)."""
         with torch.no_grad():
-            asked, size = self.context(len(self.reference)), min(self.most or 2000, 2000)
+            asked, size = self.context(len(self.reference)), min(self.most or REWARDED_AT_ONCE, REWARDED_AT_ONCE)
             parts = [self.problem.rewards(self.reference[a : a + size], rows(asked, slice(a, a + size))) for a in range(0, len(self.reference), size)]
         return torch.cat(parts).double().cpu().numpy()
 
@@ -436,22 +443,20 @@ class _Cache:
         return out[0], out[1]
 
     def reference(self, task: Task, settings: Settings) -> Tensor:
-        problem, base = task.problem, task.base
         if settings.reference_samples == 0:
-            return torch.empty(0, *problem.shape)
-        grid = sampling_grid(problem.schedule, settings.reference_steps)
+            return torch.empty(0, *task.problem.shape)
+        grid = sampling_grid(task.problem.schedule, settings.reference_steps)
         path = self.path("reference", pretraining=asdict(settings.pretraining), n=settings.reference_samples, times=grid.times.tolist(),
                          **({} if task.prompts is None else {"prompts": task.prompts.texts, "guidance": settings.guidance}))
 
         def make() -> dict[str, Tensor]:
-            # Memoryless whatever the fine-tuning's eta, in full precision whatever its own: J* belongs to the data's own tilt.
-            exact = NetworkPolicy(base.network, base.prediction)
-            unrewarded = replace(problem, pretrained=exact, eta=1.0, reward=lambda x, context: x.flatten(1).sum(1))
+            unrewarded = task.memoryless
             noise, parts, asked = settings.noise(PRETRAINED, settings.reference_samples), [], task.context(settings.reference_samples)
             with progress("sampling the pre-trained model", settings.reference_samples) as step:
-                for first in range(0, settings.reference_samples, 1000):
-                    part, context = noise[first : first + 1000], rows(asked, slice(first, first + 1000))
-                    parts.append(simulate(unrewarded, exact, grid, part, context, most=task.most).terminal.cpu())
+                for first in range(0, settings.reference_samples, REFERENCE_AT_ONCE):
+                    some = slice(first, first + REFERENCE_AT_ONCE)
+                    part, context = noise[some], rows(asked, some)
+                    parts.append(simulate(unrewarded, unrewarded.pretrained, grid, part, context, most=task.most).terminal.cpu())
                     step(part.paths)
             return {"images": torch.cat(parts)}
 
@@ -462,7 +467,8 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
     """A reader sees the old file or the new one, whenever the process dies; OSError when the disk is full."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, partial, metadata)
+        host = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}  # no second copy on a GPU
+        save_file(host, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
