@@ -28,8 +28,8 @@ class Joined:
     def __call__(self, own: Tensor) -> Tensor:
         if self.everyone is None or self.everyone.shape[1:] != own.shape[1:]:
             known = "nothing" if self.everyone is None else f"{tuple(self.everyone.shape)}"
-            wanted = ", ".join(map(str, own.shape[1:]))
-            raise ValueError(f"coupling: expected the numbers that the loss asks of the batch, (n, {wanted}), got {known}")
+            asked = f"(n, {', '.join(map(str, own.shape[1:]))})"
+            raise ValueError(f"coupling: expected the numbers that the loss asks of the batch, {asked}, got {known}")
         return self.everyone
 
 

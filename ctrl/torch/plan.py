@@ -3,7 +3,7 @@ r"""What a run will hold and ask, before it starts: measured on a few paths, not
     bytes after operation t of an update  =  f_t + b_t n + c_t k + a_t m,      peak = max_t
 
 n paths of the batch, k of them at a time (`micro_batch`), m of these in a forward pass with gradients (`at_once`). An update is the same sequence
-of operations at every size, and each holds tensors of 0, n, k or m rows, or of the rows that are left for a last part; updates of two to eight
+of operations at every size, and each holds tensors of 0, n, k or m rows, or of the rows that are left for a last part; updates of two to twelve
 paths therefore say what every operation holds at any size. Bytes are those of living storages, on a GPU those that its allocator counts.
 """
 
@@ -32,13 +32,13 @@ GIB = 2**30
 DRAWN = 64  # paths of the pictures
 Sizes = tuple[int, int, int]  # paths, paths at a time, paths in a forward pass with gradients
 
-# (whether paths come in parts, whether parts pass in pieces): sizes with the same operations, two parts of two pieces at most. Parts of at least two
-# paths, as tensors of one row are copied where others are not.
+# (whether paths come in parts, whether parts pass in pieces): sizes with the same operations, two parts of two pieces at most. None of these is a
+# single path, as tensors of one row are views where those of more are copies.
 TRIALS: dict[tuple[bool, bool], tuple[Sizes, ...]] = {
     (False, False): ((2, 2, 2), (3, 3, 3)),
-    (False, True): ((2, 2, 1), (3, 3, 2), (4, 4, 2)),
+    (False, True): ((4, 4, 2), (5, 5, 3), (6, 6, 3)),
     (True, False): ((4, 2, 2), (5, 3, 3), (6, 3, 3)),
-    (True, True): ((4, 2, 1), (6, 3, 2), (7, 4, 2), (8, 4, 2))}
+    (True, True): ((8, 4, 2), (10, 5, 3), (11, 6, 3), (12, 6, 3))}
 
 
 class Meter(TorchDispatchMode):
@@ -356,15 +356,11 @@ def fitted(name: str, sizes: Sizes, trials: Sequence[Sizes], timelines: Sequence
     share = np.zeros((4, solved.shape[1]))
     share[[0, *(j + 1 for j in columns)]] = np.round(solved, 3)
     fixed, n, k, m = share
-    piece, whole = np.minimum(m, 0), k >= 0  # of a last piece; of a whole part
-    m -= 2 * piece
-    (k if by_parts else n).__iadd__(np.where(whole, piece, 0 if by_parts else piece))
-    if by_parts:
-        n += np.where(whole, 0, piece)
-        k -= np.where(whole, 0, piece)
+    piece, first = np.minimum(m, 0), k >= 0 if by_parts else np.zeros_like(k, bool)  # of last pieces; whether of the first part
+    m, k, n = m - 2 * piece, k + np.where(first, piece, -piece * by_parts), n + np.where(first, 0, piece)
     part = np.minimum(k, 0)
-    n += part
-    k -= 2 * part
+    n, k = n + part, k - 2 * part
+    share[1:] = n, k, m
     at = int(np.argmax(fixed + np.array(sizes) @ share[1:]))
     return Phase(name, sizes, *(float(x) for x in share[:, at]))
 

@@ -136,7 +136,7 @@ class Settings:
     at_once: int = 2**16
     """States in one forward pass with gradients; beyond it activations are recomputed: less memory, the same numbers."""
     micro_batch: int | None = None
-    """Paths (of a process) at a time; their gradients are summed before the step, so that what networks and reward hold does not grow with --paths."""
+    """Paths (of a process) at a time; their gradients are summed before the step: what networks and reward hold does not grow with --paths."""
     trajectories: Literal["stored", "seeds"] = "stored"
     """What is kept of paths between micro-batches: their states, or their rewards alone, to sample them again from their noise."""
     pretraining: Pretraining = Pretraining()
