@@ -14,7 +14,8 @@ import ctrl
 
 PAGE = Path(__file__).with_name("api.md")
 MODULES = ("estimators", "exact", "exact.chain", "exact.quadrature", "exact.plane", "exact.limit", "exact.tilt", "exact.divergence", "learn", "zoo",
-           "testing", "theorems", "torch", "torch.images", "torch.rewards", "torch.preferences", "torch.classifiers", "torch.pipelines")
+           "testing", "theorems", "torch", "torch.images", "torch.rewards", "torch.preferences", "torch.classifiers", "torch.pipelines",
+           "torch.plan")
 
 
 def public() -> dict[str, Any]:

@@ -204,7 +204,7 @@ def test_queries_are_those_of_a_run(tmp_path, method, monkeypatch, capsys):
     assert sum(Counted.asked) == asked.plan + asked.updates + asked.evaluation + asked.yardstick
     trials = (2 + 3) * (settings.steps * 2 + settings.reference_steps)  # evaluation and reference of two and three paths, which it does not count
     assert sum(passed) == planned[0].forwards + trials
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().out
     assert "plan: peak memory" in printed and f"{asked.updates:,}" in printed and "reward queries" in printed
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -396,7 +395,7 @@ def _prepared(settings: Finetune, accelerator: Accelerator) -> Task:
     with suppress(FloatingPointError):
         planned = str(plan(outlined, settings, accelerator.num_processes))
     if accelerator.is_main_process:
-        print(planned, file=sys.stderr)
+        print(planned)
     with accelerator.main_process_first():  # the others find in the cache what the first has made
         return prepare(settings, accelerator.device, outlined)
 

@@ -110,7 +110,10 @@ class Meter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run and what it holds at most, in bytes: fixed, for each path, each path at a time, and each path in a forward pass."""
+    """A part of a run and what it holds at most, in bytes: fixed, for each path, each path at a time, and each path in a forward pass.
+
+    Source: theory.md, section 7.   Checked: tests/test_torch_plan.py::test_words
+    """
 
     name: str
     sizes: Sizes
@@ -133,7 +136,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Asked:
-    """Reward queries, images: of this plan, all updates (with predicted images where a value is learned), evaluation with pictures, yardstick."""
+    """Reward queries, images: of this plan, all updates (with predicted images where a value is learned), evaluation with pictures, yardstick.
+
+    Source: theory.md, section 7.   Checked: tests/test_torch_plan.py::test_queries_are_those_of_a_run
+    """
 
     plan: int
     updates: int
@@ -183,7 +189,10 @@ class Plan:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, or in MiB where they are few."""
+    """Bytes in GiB, or in MiB where they are few.
+
+    Source: IEC 80000-13.   Checked: tests/test_torch_plan.py::test_words
+    """
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
@@ -208,7 +217,10 @@ def plan(task: Task, settings: Finetune, processes: int = 1) -> Plan:
 
 
 def sizes_of(settings: Finetune, processes: int = 1) -> Sizes:
-    """Paths of a process, those at a time, and those in a forward pass with gradients."""
+    """Paths of a process, those at a time, and those in a forward pass with gradients.
+
+    Source: theory.md, section 7.   Checked: tests/test_torch_plan.py::test_a_plan_leaves_no_trace
+    """
     n = -(-settings.paths // processes)
     k = min(n, settings.micro_batch or n)
     return n, k, min(k, max(1, settings.at_once // settings.steps))
@@ -338,7 +350,10 @@ def _reference(task: Task, settings: Finetune, device: torch.device) -> Phase:
 
 
 def at_a_time(problem: Problem, steps: int, most: int) -> int:
-    """Paths that `simulate` has at a time."""
+    """Paths that `simulate` has at a time.
+
+    Source: theory.md, section 1.   Checked: tests/test_torch_plan.py::test_evaluation_and_reference
+    """
     return min(most, max(1, CHUNK_NUMBERS // (problem.dim * steps)))
 
 
