@@ -17,7 +17,8 @@ import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel)
 from matplotlib.image import imread
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import ctrl
 from ctrl import cli
