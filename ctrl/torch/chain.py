@@ -319,10 +319,19 @@ class Run:
         with torch.no_grad():
             return self._forward(self.problem.pretrained, self.states[:, :-1])
 
-    def _forward(self, policy: Policy, x: Tensor) -> Tensor:
+    def mu_of(self, part: slice) -> Tensor:
+        """mu of some paths, in a graph of their own; recomputed in the backward pass where that of all paths would be."""
+        return self[part]._forward(self.policy, self.states[part, :-1], recomputed=len(self) > self._together)
+
+    @property
+    def _together(self) -> int:
+        """Paths in a forward pass with gradients."""
+        return max(1, self.at_once // self.grid.steps)
+
+    def _forward(self, policy: Policy, x: Tensor, recomputed: bool = False) -> Tensor:
         """One call on all N n states, or several with their activations recomputed in the backward pass."""
-        times, size = self.times[: self.grid.steps], max(1, self.at_once // self.grid.steps)
-        if len(x) <= size:
+        times, size = self.times[: self.grid.steps], self._together
+        if len(x) <= size and not recomputed:
             return policy(times, x, self.context)
         return torch.cat([checkpoint(policy, times, x[a : a + size], rows(self.context, slice(a, a + size)), use_reentrant=False)
                           for a in range(0, len(x), size)])

@@ -106,6 +106,7 @@ class Training:
         self.iteration, self.queries = 0, 0
         self.kept = 0  # the update of the last checkpoint
         self.moved = False  # whether theta or the value have moved in the update at hand
+        self.watched = True  # whether updates say signal and noise of their gradient
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.policy, pretrained = trainable_copy(task.base, settings.lora_rank, settings.lora_targets)
@@ -196,7 +197,7 @@ class Training:
         The `first` step has signal and noise of its gradient, and `_columns`; later ones have how far the policy has gone, (n, 3), if by a ratio.
         """
         n, theta = self.settings.paths, self.policy.trainable()
-        half = FirstHalf(min(max(n // 2 - self._part(n).start, 0), len(batch)), theta) if first and n > 1 else None
+        half = FirstHalf(min(max(n // 2 - self._part(n).start, 0), len(batch)), theta) if first and self.watched and n > 1 else None
 
         def policy(run: Run) -> tuple[Tensor, Tensor | None]:
             losses = batch.backward(self.objective.loss(run)) if half is None else half.backward(batch, self.objective.loss, run)
@@ -222,6 +223,8 @@ class Training:
             if p.grad is not None:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
         signal = {} if first is None else self._signal(first, theta)
+        if first is not None:
+            first.clear()  # a gradient's memory, before the optimiser's own
         norm = nn.utils.clip_grad_norm_(theta, clip)
         out = _finite({"loss": float(self.accelerator.gather(losses).mean()), "gradient_norm": float(norm), **signal})
         self.moved = True

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ctrl.torch.chain import CHUNK_NUMBERS, Problem, Reward, device_of, rows, simulate
-from ctrl.torch.finetune import Alone, Finetune, Training
+from ctrl.torch.finetune import DEPLOYED_EVERY, Alone, Finetune, Training
 from ctrl.torch.policy import NetworkPolicy
 from ctrl.torch.pretrain import sampling_grid
 from ctrl.torch.task import REFERENCE_AT_ONCE, REWARDED_AT_ONCE, Task
@@ -238,6 +238,7 @@ class Trial:
         self.each = (0, 0)  # those of an update, for each of its paths
         self.meter: Meter | None = None
         self.training = Training(task, settings, Alone(device))
+        self.training.watched = False  # halves of a batch are other operations at every size; `updates` adds what they hold
         self.training.problem = replace(self.training.problem, reward=self._counted(task.problem.reward))
         self.networks = {p.network for p in (self.training.policy, task.base) if isinstance(p, NetworkPolicy)}
         n = min(settings.paths, 2)
@@ -281,8 +282,15 @@ class Trial:
         return fitted(name, sizes, trials, timelines)
 
     def updates(self, processes: int = 1) -> Phase:
-        """All of an update: sampling, gradients, steps."""
-        return self.phase("updates", sizes_of(self.settings, processes), self.update)
+        """All of an update: sampling, gradients, steps; and what its gradient's two halves hold beside (see `watch.Halves`).
+
+        That is a leaf at which the loss pulls, and the first half's gradient while the second half passes, in parts or pieces as large as before.
+        """
+        n, k, m = sizes_of(self.settings, processes)
+        found = self.phase("updates", (n, k, m), self.update)
+        leaf, first = 4 * self.settings.steps * self.task.problem.dim, _bytes(self.training.policy.trainable())
+        found = replace(found, per_path=found.per_path + leaf) if k == n else replace(found, per_held=found.per_held + leaf)
+        return replace(found, fixed=found.fixed + (first if m < n else 0))
 
     def update(self, sizes: Sizes) -> None:
         """One of so many paths."""
@@ -326,13 +334,19 @@ class Trial:
         """Reward queries of the whole run, these trials among them."""
         s = self.settings
         models = 3 if s.eta > 0 else 2  # the tuned one at two eta, the pre-trained one
-        return Asked(self.rewarded, s.iterations * s.paths * self.each[0], models * s.samples + 2 * DRAWN, s.reference_samples * (s.kl_weight > 0))
+        updates = s.iterations * s.paths * self.each[0] + self.deployed()
+        return Asked(self.rewarded, updates, models * s.samples + 2 * DRAWN, s.reference_samples * (s.kl_weight > 0))
+
+    def deployed(self) -> int:
+        """Images of the deterministic sampler during the updates."""
+        return -(-self.settings.iterations // DEPLOYED_EVERY) * self.settings.paths * (self.settings.eta > 0)
 
     def forwards(self) -> int:
         """States through a denoiser in the whole run: of the tuned model, its KL wants the pre-trained one beside it."""
         s = self.settings
         evaluation = s.steps * (s.samples * (5 if s.eta > 0 else 3) + 3 * DRAWN)
-        return self.passed + s.iterations * s.paths * self.each[1] + evaluation + s.reference_samples * s.reference_steps
+        updates = s.iterations * s.paths * self.each[1] + 2 * s.steps * self.deployed()
+        return self.passed + updates + evaluation + s.reference_samples * s.reference_steps
 
 
 def _reference(task: Task, settings: Finetune, device: torch.device) -> Phase:

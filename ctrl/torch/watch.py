@@ -25,7 +25,7 @@ class Halves:
 
     def __init__(self, run: Run, cut: int) -> None:
         self.parts = [part for part in (slice(0, cut), slice(cut, len(run))) if part.stop > part.start]
-        self.cut, self.passing = cut, [run[part].mu for part in self.parts]
+        self.cut, self.passing = cut, [run.mu_of(part) for part in self.parts]
         self.mu = torch.cat([mu.detach() for mu in self.passing]).requires_grad_()
         self.first: list[Tensor] = []
         run.__dict__["mu"] = self.mu
