@@ -138,7 +138,7 @@ def test_run_folder(done):
         assert summary[model]["regret"] == pytest.approx(summary["yardstick"]["objective"] - summary[model]["objective"])
         assert 0 <= summary[model]["judged_share"] <= 1 and summary[model]["kl_median"] <= summary[model]["kl_max"]
     plan, _, table = done.printed.partition("ValueGradient:")
-    assert plan.startswith("plan: peak memory") and f"updates {32 * (1 + 1 + 5) + 8}," in plan  # samples, gradients, predictions at 5 times; once eta = 0
+    assert plan.startswith("plan: peak memory") and f"updates {32 * (1 + 1 + 5) + 8}," in plan  # samples, slopes, predictions at 5 times; eta = 0
     shown = ("ValueGradient:" + table).splitlines()
     assert shown[0].startswith("ValueGradient: 4 updates, 32 reward queries") and [line.split()[0] for line in shown[2:]] == [
         "pretrained", "tuned", "tuned_ode", "optimum"]

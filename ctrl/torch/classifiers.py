@@ -127,6 +127,7 @@ def train_classifier(network: Network, images: Images, *, steps: int = 400, batc
         loss.backward()
         optimiser.step()
         cosine.step()
+    optimiser.zero_grad()  # or they would be held as long as the network
     return network.eval()
 
 
