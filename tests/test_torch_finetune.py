@@ -309,6 +309,7 @@ torch.optim.Adam([torch.zeros(1, requires_grad=True)])
 ctrl.Noise(0, 2).start(1)
 
 settings, out = cli.HEAVY["finetune"].settings(json.loads(sys.argv[1])[1:], "ctrl finetune"), sys.argv[2]
+settings = dataclasses.replace(settings, no_plan=True)
 checkpoint, metrics = os.path.join(out, "checkpoint.safetensors"), os.path.join(out, "metrics.jsonl")
 
 def die():

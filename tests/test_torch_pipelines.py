@@ -249,7 +249,8 @@ def test_prompts_are_a_context():
 
 def settings(folder, out, **changed):
     small = dict(steps=4, paths=6, iterations=2, samples=6, reference_samples=0, threads=1, kl_weight=0.1)
-    return Finetune(**{**small, "pipeline": str(folder), "reward": rewards.Brightness(), "out": out, "cache": out.parent / "cache", **changed})
+    return Finetune(**{**small, "no_plan": True, "pipeline": str(folder), "reward": rewards.Brightness(), "out": out, "cache": out.parent / "cache",
+                       **changed})
 
 
 PROMPTED = dict(prompts=("cat", "dog"), prompt_template="a {}", guidance=2.0)
@@ -457,7 +458,7 @@ def runs(latent, tmp_path_factory):
     folder, update = tmp_path_factory.mktemp("runs"), randrange(1, 8)
     words = ["--pipeline", str(latent), "--prompts", *"abc", "--guidance", "2", "--lora-rank", "2", "--lora-targets", "to_q", "to_v", "--steps", "4",
              "--paths", "4", "--iterations", "8", "--samples", "6", "--reference-samples", "12", "--reference-steps", "4", "--threads", "1",
-             "--checkpoint-every", "3", "--cache", str(folder / "cache"), "--out", str(folder / "whole"), "method:score-function",
+             "--checkpoint-every", "3", "--no-plan", "--cache", str(folder / "cache"), "--out", str(folder / "whole"), "method:score-function",
              "--method.learning-rate", "0.01", "reward:compressibility"]
     with pytest.MonkeyPatch.context() as undrawn:
         for name in ("before_and_after", "learning_curves", "prompt_rewards"):

@@ -65,10 +65,12 @@ class Finetune(Settings):
     """Updates between checkpoints."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the last checkpoint in the run folder."""
+    no_plan: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Begin without the updates of a few paths that say what the run will hold and ask; a resumed run has none."""
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also write metrics for tensorboard (needs the package)."""
 
-    elsewhere: ClassVar[tuple[str, ...]] = (*Settings.elsewhere, "out", "checkpoint_every", "resume", "tensorboard")
+    elsewhere: ClassVar[tuple[str, ...]] = (*Settings.elsewhere, "out", "checkpoint_every", "resume", "no_plan", "tensorboard")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +78,11 @@ class Finetune(Settings):
 
     def run(self) -> int:
         """The command `ctrl finetune`."""
-        summary = finetune(self.made_quick() if self.quick else self)
+        try:
+            summary = finetune(self.made_quick() if self.quick else self)
+        finally:  # or its threads may abort the process as it ends
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
         if summary is not None:
             print(describe(summary))
         return 0
@@ -390,17 +396,26 @@ def finetune(settings: Finetune) -> dict[str, Any] | None:
 
 def _prepared(settings: Finetune, accelerator: Accelerator) -> Task:
     """The task, after a few updates of an untrained model on a few paths: what cannot work is refused before the long work, and a plan is printed."""
-    from ctrl.torch.plan import plan
-
     with accelerator.main_process_first():
         outlined = outline(settings, accelerator.device)
+    if settings.no_plan or (settings.resume and (settings.out / "checkpoint.safetensors").exists()):
+        with suppress(FloatingPointError):  # of a model that is not the one to be trained
+            Training(outlined, replace(settings, paths=min(settings.paths, 2)), Alone(accelerator.device)).update()
+    else:
+        _plan(outlined, settings, accelerator)
+    with accelerator.main_process_first():  # the others find in the cache what the first has made
+        return prepare(settings, accelerator.device, outlined)
+
+
+def _plan(outlined: Task, settings: Finetune, accelerator: Accelerator) -> None:
+    """Printed by the main process; every process tries, as none may go on alone."""
+    from ctrl.torch.plan import plan
+
     planned = "plan: none, as numbers of the model that is not trained yet are not finite"
     with suppress(FloatingPointError):
         planned = str(plan(outlined, settings, accelerator.num_processes))
     if accelerator.is_main_process:
         print(planned)
-    with accelerator.main_process_first():  # the others find in the cache what the first has made
-        return prepare(settings, accelerator.device, outlined)
 
 
 def _train(training: Training, folder: RunFolder | None, checkpoint: Path) -> None:

@@ -284,13 +284,14 @@ class Trial:
     def updates(self, processes: int = 1) -> Phase:
         """All of an update: sampling, gradients, steps; and what its gradient's two halves hold beside (see `watch.Halves`).
 
-        That is a leaf at which the loss pulls, and the first half's gradient while the second half passes, in parts or pieces as large as before.
+        That is a leaf at which the loss pulls, and the first half's gradient while the second passes, in parts or pieces as large as before; of
+        pieces, autograd sums their gradients beside it, which without halves it hands on.
         """
         n, k, m = sizes_of(self.settings, processes)
         found = self.phase("updates", (n, k, m), self.update)
         leaf, first = 4 * self.settings.steps * self.task.problem.dim, _bytes(self.training.policy.trainable())
         found = replace(found, per_path=found.per_path + leaf) if k == n else replace(found, per_held=found.per_held + leaf)
-        return replace(found, fixed=found.fixed + (first if m < n else 0))
+        return replace(found, fixed=found.fixed + first * (0 if m == n else 2 if k == n else 1))
 
     def update(self, sizes: Sizes) -> None:
         """One of so many paths."""
