@@ -64,6 +64,7 @@ from ctrl.torch.images import Images
 from ctrl.torch.methods import ALL, Method, ScoreFunction, ValueGradient
 from ctrl.torch.pictures import BLACK, BLUE, GREEN, ORANGE
 from ctrl.torch.pipelines import DiffusersUNet
+from ctrl.torch.plan import Trial, gib
 from ctrl.torch.policy import NetworkPolicy, PredictsNoise
 from ctrl.torch.pretrain import Pretraining, sampling_grid
 from ctrl.torch.rewards import CallableImageReward
@@ -195,6 +196,7 @@ class Row:
     peak_flops: float | None = None
     mfu: float | None = None
     peak_memory_bytes: int | None = None  # allocated by torch on a GPU while timed; elsewhere the process' resident memory at its largest so far
+    planned_memory_bytes: int | None = None  # what updates were to hold at most, by ctrl.torch.plan; nothing is planned where networks are compiled
     share: float | None = None  # judged, of the last update; so are the reward and the KL
     reward: float | None = None
     kl: float | None = None
@@ -246,8 +248,22 @@ class Bench:
         return replace(task, base=base, problem=replace(task.problem, pretrained=base))
 
     def training(self, case: Trains, paths: int) -> Training:
-        settings = replace(self.settings, method=case.method, paths=paths, at_once=case.at_once, lora_rank=case.lora_rank, lora_targets=ATTENTION)
-        return Training(self.tuned(case.tuning, case.task(self)), settings, self.accelerator)
+        return Training(self.tuned(case.tuning, case.task(self)), self.settings_of(case, paths), self.accelerator)
+
+    def settings_of(self, case: Trains, paths: int) -> Finetune:
+        return replace(self.settings, method=case.method, paths=paths, at_once=case.at_once, lora_rank=case.lora_rank, lora_targets=ATTENTION)
+
+    def planned_memory(self, case: Trains) -> int | None:
+        """Bytes, from updates of two to six paths; a meter sees no compiled network."""
+        if case.tuning.compiler is not None:
+            return None
+        try:
+            trial = Trial(self.tuned(case.tuning, case.task(self)), self.settings_of(case, case.paths), self.accelerator.device)
+            return round(trial.updates().peak)
+        except torch.OutOfMemoryError:  # of three paths in a forward pass, where the case itself may have one
+            return None
+        finally:
+            self.release()
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Of one call, from an idle device to an idle device."""
@@ -434,8 +450,10 @@ class Updates(Trains):
             training.update()
 
     def measured(self, bench: Bench) -> Row:
+        planned = bench.planned_memory(self)
         training, found = self.ready(bench)
-        return rates(self.blank(bench), bench, self.tuning, [bench.seconds(training.update) for _ in range(bench.rounds)], **found)
+        row = replace(self.blank(bench), planned_memory_bytes=planned)
+        return rates(row, bench, self.tuning, [bench.seconds(training.update) for _ in range(bench.rounds)], **found)
 
 
 @dataclass(frozen=True)
@@ -630,8 +648,9 @@ def describe(row: dict[str, str]) -> str:
     """One line for the terminal."""
     if row["stopped"] and not row["images_per_second"]:
         return f"{row['case']}: {row['stopped']}"
+    planned = f" ({gib(int(row['planned_memory_bytes']))} planned)" if row["planned_memory_bytes"] else ""
     parts = [f"{float(row['images_per_second']):.4g} images/s", f"{float(row['calls_per_second']):.3g} calls/s",
-             f"{int(row['peak_memory_bytes']) / 2**30:.2f} GiB", f"warm-up {float(row['warm_up_seconds']):.1f} s"]
+             gib(int(row["peak_memory_bytes"])) + planned, f"warm-up {float(row['warm_up_seconds']):.1f} s"]
     if row["mfu"]:
         parts.insert(1, f"MFU {float(row['mfu']):.3f}")
     if row["work"] == "to share":

@@ -28,7 +28,8 @@ bench = sys.modules["gpu_finetune"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 torch.set_num_threads(1)
-OPTIONAL = {"method", "share", "reward", "kl", "share_wanted", "queries_to_share", "seconds_to_share", "stopped", "cuda", "cudnn"}
+OPTIONAL = {"method", "share", "reward", "kl", "share_wanted", "queries_to_share", "seconds_to_share", "stopped", "cuda", "cudnn",
+            "planned_memory_bytes"}
 UNKNOWN_HERE = {"peak_flops", "mfu"}  # a CPU has no entry in the table of peaks
 
 
@@ -330,6 +331,21 @@ def test_too_little_memory_is_a_row(tiny, monkeypatch):
     row = bench.run(bench.TINY[0], tiny)
     assert row.stopped == "out of memory" and row.images_per_second is None
     assert bench.describe(bench.cells(row)) == f"{row.case}: out of memory"
+
+
+def test_updates_are_planned(tiny, rows, monkeypatch):
+    """But not where networks are compiled; a plan that does not fit leaves the case to itself."""
+    planned = {row["case"]: row["planned_memory_bytes"] for row in rows if row["work"] == "updates"}
+    plain, compiled = (case for case in bench.TINY if isinstance(case, bench.Updates))
+    size = 4 * bench.size(tiny.untrained.base)
+    assert planned[compiled.name] == "" and 5 * size < int(planned[plain.name]) < int(rows[0]["peak_memory_bytes"])
+    assert f"({bench.gib(int(planned[plain.name]))} planned)" in bench.describe(next(row for row in rows if row["case"] == plain.name))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "Trial", full)
+    assert bench.run(plain, tiny).planned_memory_bytes is None
 
 
 # ------------------------------------------------------------------------------------------- latents

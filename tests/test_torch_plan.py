@@ -220,6 +220,13 @@ def test_queries_are_those_of_a_run(tmp_path, method, monkeypatch, capsys):
         f.finetune(replace(settings, **changed))
         assert "plan:" not in capsys.readouterr().out and len(planned) == 1
 
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(p, "plan", full)
+    f.finetune(replace(settings, out=tmp_path / "tight"))
+    assert "plan: none, as updates of two or three paths" in capsys.readouterr().out and (tmp_path / "tight" / "summary.json").exists()
+
 
 def test_words():
     """The largest phase is named; too little memory is said, with what helps."""

@@ -411,9 +411,14 @@ def _plan(outlined: Task, settings: Finetune, accelerator: Accelerator) -> None:
     """Printed by the main process; every process tries, as none may go on alone."""
     from ctrl.torch.plan import plan
 
-    planned = "plan: none, as numbers of the model that is not trained yet are not finite"
-    with suppress(FloatingPointError):
+    try:
         planned = str(plan(outlined, settings, accelerator.num_processes))
+    except FloatingPointError:
+        planned = "plan: none, as numbers of the model that is not trained yet are not finite"
+    except torch.OutOfMemoryError:
+        planned = "plan: none, as updates of two or three paths in a forward pass do not fit in memory; those of one may, see --at-once"
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
     if accelerator.is_main_process:
         print(planned)
 
