@@ -107,11 +107,12 @@ class Tuning:
     channels_last: bool = False
     compiler: Compiler | None = None
     recomputed: bool = False  # activations inside the U-Net, by diffusers' gradient checkpointing
+    searched: bool = False  # cuDNN tries its kernels at every new shape and keeps the fastest, whatever memory it takes
 
     @property
     def name(self) -> str:
         return " ".join([self.precision, *["channels_last"] * self.channels_last, *([self.compiler.name] if self.compiler else []),
-                         *["recomputed"] * self.recomputed])
+                         *["recomputed"] * self.recomputed, *["searched"] * self.searched])
 
     def policy(self, base: NetworkPolicy) -> NetworkPolicy:
         """A frozen copy of the base model in this memory layout and precision; copies of it keep both."""
@@ -132,7 +133,7 @@ class Tuning:
     def applied(self) -> Iterator[None]:
         """The process' switches of this tuning; what was compiled inside is forgotten at the end."""
         tf32, cudnn = self.precision != "fp32", torch.backends.cudnn
-        switches = [(torch.backends.cuda.matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32), (cudnn, "benchmark", True)]
+        switches = [(torch.backends.cuda.matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32), (cudnn, "benchmark", self.searched)]
         before = [(where, name, getattr(where, name)) for where, name, _ in switches]
         try:
             for where, name, value in switches:
@@ -196,7 +197,7 @@ class Row:
     peak_flops: float | None = None
     mfu: float | None = None
     peak_memory_bytes: int | None = None  # allocated by torch on a GPU while timed; elsewhere the process' resident memory at its largest so far
-    planned_memory_bytes: int | None = None  # what updates were to hold at most, by ctrl.torch.plan; nothing is planned where networks are compiled
+    planned_memory_bytes: int | None = None  # what updates were to hold at most, by ctrl.torch.plan; not where compiled or searched
     share: float | None = None  # judged, of the last update; so are the reward and the KL
     reward: float | None = None
     kl: float | None = None
@@ -254,8 +255,8 @@ class Bench:
         return replace(self.settings, method=case.method, paths=paths, at_once=case.at_once, lora_rank=case.lora_rank, lora_targets=ATTENTION)
 
     def planned_memory(self, case: Trains) -> int | None:
-        """Bytes, from updates of two to six paths; a meter sees no compiled network."""
-        if case.tuning.compiler is not None:
+        """Bytes, from updates of two to six paths; a meter sees no compiled network, and no plan what a search will choose."""
+        if case.tuning.compiler is not None or case.tuning.searched:
             return None
         try:
             trial = Trial(self.tuned(case.tuning, case.task(self)), self.settings_of(case, case.paths), self.accelerator.device)
@@ -544,9 +545,11 @@ LATENTS: list[Case] = [
     *(Sampling(Tuning("bf16"), batch) for batch in LATENTS_BATCHES),
     *(Updates(Tuning("bf16"), SLOW, batch, LATENTS_START.steps) for batch in LATENTS_BATCHES),
     *(Updates(Tuning("bf16"), SLOW, batch, LATENTS_START.steps, lora_rank=4) for batch in LATENTS_BATCHES),
+    Updates(Tuning("bf16", searched=True), SLOW, 8, LATENTS_START.steps),
     Updates(Tuning("bf16", recomputed=True), SLOW, 8, LATENTS_START.steps),
     *(Updates(Tuning("bf16", recomputed=True), SLOW, 8, 8 * LATENTS_START.steps, lora_rank=rank) for rank in (0, 4)),
-    Sampling(Tuning("fp32"), 8), Sampling(Tuning("tf32"), 8), Sampling(Tuning("bf16", True), 64), Sampling(BEST, 64)]
+    Sampling(Tuning("fp32"), 8), Sampling(Tuning("tf32"), 8), Sampling(Tuning("bf16", True), 64), Sampling(Tuning("bf16", searched=True), 64),
+    Sampling(BEST, 64)]
 
 TINY_START = Finetune(steps=2, paths=8, iterations=3, quick=True, threads=1, reference_samples=16, reference_steps=2,
                       pretraining=Pretraining(iterations=20, batch=64, learning_rate=5e-3, depth=1, channels=(8,)))

@@ -260,7 +260,7 @@ def test_warm_up_is_undone(tiny, plain):
 
 def test_switches_are_put_back():
     before = (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-    with pytest.raises(KeyError), bench.Tuning("tf32").applied():
+    with pytest.raises(KeyError), bench.Tuning("tf32", searched=True).applied():
         assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
         raise KeyError
     assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before

@@ -145,7 +145,7 @@ def last_part(monkeypatch):
             p.grad = None
         return batch.backward(loss(run))
 
-    monkeypatch.setattr(watch.FirstHalf, "backward", backward)
+    monkeypatch.setattr(watch.Halves, "backward", backward)
 
 
 COUPLED = ("ScoreFunction", "PPOx2", "RewardWeighted")

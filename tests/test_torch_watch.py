@@ -46,7 +46,7 @@ def sampled(part, k):
 def expected(gradients, measure=watch.gradient_signal):
     """Means of signal and noise over all batches, (patterns, n, d), and first halves of n // 2 paths."""
     n = gradients.shape[1]
-    rows = [measure([batch[: n // 2].sum(0) / n], [batch.mean(0)], (n // 2) / n) for batch in gradients]
+    rows = [measure([(batch[: n // 2].sum(0) / n, batch[n // 2 :].sum(0) / n)], (n // 2) / n) for batch in gradients]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
@@ -63,9 +63,9 @@ def test_signal_and_noise_of_a_known_gradient(n):
     assert (found["gradient_signal"], found["gradient_noise"]) == pytest.approx(truth, rel=1e-12)
     assert gradients.mean(1).square().sum(1).mean() == pytest.approx(sum(truth), rel=1e-12)  # the norm of g is both
 
-    def planted(first, whole, share):
+    def planted(halves, share):
         """|g|^2 for the signal, and the variance of half a batch for the noise."""
-        return {"gradient_signal": float(whole[0].square().sum()), "gradient_noise": watch.gradient_signal(first, whole, share)["gradient_noise"] * 2}
+        return {"gradient_signal": float(sum(halves[0]).square().sum()), "gradient_noise": watch.gradient_signal(halves, share)["gradient_noise"] * 2}
 
     wrong = expected(gradients, planted)
     assert wrong["gradient_signal"] - truth[0] == pytest.approx(truth[1]) and wrong["gradient_noise"] == pytest.approx(2 * truth[1])

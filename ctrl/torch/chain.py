@@ -303,8 +303,19 @@ class Run:
 
     @cached_property
     def mu(self) -> Tensor:
-        """mu_theta at the sampled states: its graph holds theta, and not the states."""
+        """mu_theta at the sampled states: its graph holds theta, and not the states; after `divide` a leaf."""
+        if "parts" in self.__dict__:
+            return torch.cat([mu.detach() for mu in self.passing]).requires_grad_()
         return self._forward(self.policy, self.states[:, :-1])
+
+    def divide(self, *parts: slice) -> None:
+        """A gradient in mu stops there from now on; `passing` hands it on to theta, one part of the paths after the other."""
+        self.__dict__["parts"] = parts
+
+    @cached_property
+    def passing(self) -> list[Tensor]:
+        """mu of each part, in a graph of its own; made when a loss first asks for mu, and not while it finds what it weighs mu by."""
+        return [self.mu_of(part) for part in self.__dict__["parts"]]
 
     @cached_property
     def pretrained(self) -> Tensor:

@@ -44,7 +44,7 @@ from ctrl.torch.prompts import PerPrompt, by_prompt
 from ctrl.torch.task import (
     WATCHED, Settings, Task, digest, evaluation, measured, outline, prepare, progress, save_atomically, table_of_prompts)
 from ctrl.torch.value import Ansatz, PlainValue, Value, martingale_loss
-from ctrl.torch.watch import FirstHalf, gradient_signal, ratios
+from ctrl.torch.watch import Halves, ratios
 
 WARM_UP = 10  # updates over which the step size grows
 DEPLOYED_EVERY = 25  # updates between looks at the deterministic sampler
@@ -203,10 +203,10 @@ class Training:
         The `first` step has signal and noise of its gradient, and `_columns`; later ones have how far the policy has gone, (n, 3), if by a ratio.
         """
         n, theta = self.settings.paths, self.policy.trainable()
-        half = FirstHalf(min(max(n // 2 - self._part(n).start, 0), len(batch)), theta) if first and self.watched and n > 1 else None
+        halves = Halves(min(max(n // 2 - self._part(n).start, 0), len(batch)), theta) if first and self.watched and n > 1 else None
 
         def policy(run: Run) -> tuple[Tensor, Tensor | None]:
-            losses = batch.backward(self.objective.loss(run)) if half is None else half.backward(batch, self.objective.loss, run)
+            losses = batch.backward(self.objective.loss(run)) if halves is None else halves.backward(batch, self.objective.loss, run)
             if first:
                 return losses, self._columns(run)
             return losses, ratios(self.objective, run) if isinstance(self.objective, ClippedRatio) else None
@@ -216,32 +216,30 @@ class Training:
 
         self.optimiser.zero_grad()
         losses, said = zip(*batch.each(policy), strict=True)
-        out = self._descend(torch.cat(losses), self.optimiser, theta, self.settings.clip_norm, None if half is None else half.first)
+        out = self._descend(torch.cat(losses), self.optimiser, theta, self.settings.clip_norm, halves)
         for _ in range(self.settings.method.value_updates if self.settings.method.learns_value else 0):
             self.value_optimiser.zero_grad()
             out |= {"value_loss": self._descend(torch.cat(batch.each(value)), self.value_optimiser, list(self.value.parameters()))["loss"]}
         return out, None if said[0] is None else torch.cat(said)
 
     def _descend(self, losses: Tensor, optimiser: torch.optim.Optimizer, theta: list[nn.Parameter], clip: float = float("inf"),
-                 first: list[Tensor] | None = None) -> dict[str, float]:
+                 halves: Halves | None = None) -> dict[str, float]:
         """One step of an optimiser along what was pulled; on every process, FloatingPointError and no step when loss or gradient are not finite."""
-        for p in theta:  # every process has as many paths: the mean of their gradients is the joined batch's
-            if p.grad is not None:
-                p.grad = self.accelerator.reduce(p.grad, "mean")
-        signal = {} if first is None else self._signal(first, theta)
-        if first is not None:
-            first.clear()  # a gradient's memory, before the optimiser's own
+        n, signal = self.settings.paths, {}
+        if halves is not None:
+            signal = halves.join(self._joined, (n // 2) / n)
+        else:
+            for p in theta:
+                p.grad = None if p.grad is None else self._joined(p.grad)
         norm = nn.utils.clip_grad_norm_(theta, clip)
         out = _finite({"loss": float(self.accelerator.gather(losses).mean()), "gradient_norm": float(norm), **signal})
         self.moved = True
         optimiser.step()
         return out
 
-    def _signal(self, first: list[Tensor], theta: list[nn.Parameter]) -> dict[str, float]:
-        """Of the joined batch, whose first half may be another process's."""
-        n = self.settings.paths
-        joined = [self.accelerator.reduce(part, "mean") for part in first]
-        return gradient_signal(joined, [kept if p.grad is None else p.grad for p, kept in zip(theta, joined, strict=True)], (n // 2) / n)
+    def _joined(self, gradient: Tensor) -> Tensor:
+        """Of all processes: every one has as many paths, so that the mean is the joined batch's."""
+        return self.accelerator.reduce(gradient, "mean")
 
     def _ratios(self, later: list[Tensor]) -> dict[str, float]:
         """Of the later epochs of the whole batch; none where there is one epoch, or no ratio."""

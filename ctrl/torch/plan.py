@@ -284,14 +284,18 @@ class Trial:
     def updates(self, processes: int = 1) -> Phase:
         """All of an update: sampling, gradients, steps; and what its gradient's two halves hold beside (see `watch.Halves`).
 
-        That is a leaf at which the loss pulls, and the first half's gradient while the second passes, in parts or pieces as large as before; of
-        pieces, autograd sums their gradients beside it, which without halves it hands on.
+        That is a leaf where gradients stop, and the first half's gradient: while pieces of the second pass, while parts do that find some of the
+        second's there, or in one pass beside the second half's activations. Of several processes some have but one half, and hold less.
         """
         n, k, m = sizes_of(self.settings, processes)
         found = self.phase("updates", (n, k, m), self.update)
         leaf, first = 4 * self.settings.steps * self.task.problem.dim, _bytes(self.training.policy.trainable())
         found = replace(found, per_path=found.per_path + leaf) if k == n else replace(found, per_held=found.per_held + leaf)
-        return replace(found, fixed=found.fixed + first * (0 if m == n else 2 if k == n else 1))
+        if m == n:
+            first = max(0, first - found.per_path * n / 2)
+        elif k < n and -(-n // k) - n // 2 // k < 2:  # parts with paths of the second half
+            first = 0
+        return replace(found, fixed=found.fixed + first)
 
     def update(self, sizes: Sizes) -> None:
         """One of so many paths."""
