@@ -335,14 +335,22 @@ class Latents(Bench):
         images = Images(torch.zeros(1, *shape, device="cpu"))
         return Task(images, problem, base, None, None, images.pixels[:0])
 
+    @cached_property
+    def counted(self) -> dict[int, dict[str, float]]:
+        """`update_flops` by rank of the adapter, on which alone they depend."""
+        return {}
+
     def update_flops(self, case: Trains) -> dict[str, float]:
         """Of score functions: a network for the sample, one for s, and mu with its gradient; counted on no device, where all fits."""
+        if case.lora_rank in self.counted:
+            return self.counted[case.lora_rank]
         base = copy.deepcopy(self.untrained.base).to("meta")
         with torch.device("meta"):
             policy, _ = trainable_copy(base, case.lora_rank, ATTENTION)
         network, sampled, trained = (passed_flops(self.untrained.problem, p.network, "meta", backward) for p, backward in (
             (base, False), (policy, False), (policy, True)))
-        return {"network_flops": network, "flops_per_image": self.settings.steps * (network + sampled + trained)}
+        self.counted[case.lora_rank] = {"network_flops": network, "flops_per_image": self.settings.steps * (network + sampled + trained)}
+        return self.counted[case.lora_rank]
 
 
 @dataclass(frozen=True)
@@ -428,7 +436,7 @@ class Trains(Case, ABC):
 
     def ready(self, bench: Bench) -> tuple[Training, dict[str, float]]:
         """A training that is compiled and warm; and what was found on the way."""
-        found, training = bench.update_flops(self), bench.training(self, self.paths)
+        found, training = dict(bench.update_flops(self)), bench.training(self, self.paths)
         self.tuning.compile(training.policy, training.problem.pretrained)
         found["warm_up_seconds"] = bench.seconds(lambda: self.warm(training))
         bench.forget_peak_memory()
@@ -447,7 +455,7 @@ class Updates(Trains):
         return f"updates {name_of(self.method)}{adapter} {self.tuning.name} x {self.paths} (at once {self.at_once})"
 
     def warm(self, training: Training) -> None:
-        for _ in range(WARM_UP):
+        for _ in range(1 if self.tuning.compiler is None else WARM_UP):  # Adam's moments are there after one
             training.update()
 
     def measured(self, bench: Bench) -> Row:
