@@ -14,8 +14,9 @@ Model FLOPs are those of matrix products and convolutions, forward and backward,
 to save memory do not count. Peaks are dense ones of data sheets, at the precision of the row; MFU is empty on other devices.
 Warm-up (compilation, choice of kernels) is timed apart and, in training, undone by a checkpoint. The clock is read when the device is idle.
 Every finished row is in the CSV file at once, and a second call goes on from there; the figure beside it is drawn from the rows.
-Run on an H200, rows in benchmarks/gpu_finetune/: latents, 10 to 40 s a case at batches up to 32, 36 GiB in full fine-tuning; images, 5 to 35 s
-a case, half a minute more to compile a sampler, and more than two minutes to compile an update; pre-training (1500 steps, only for the cases
+Run on an H200, rows in benchmarks/gpu_finetune/ (`--rounds 2`): latents, 10 to 30 s a case at a batch of 8, 80 s at 64, of which a plan takes 7 to 28;
+three rows have no peak memory, as a plan's trial was still held beside it then. Images (before kernels were searched only where asked), 5 to
+35 s a case, half a minute more to compile a sampler, and more than two minutes to compile an update; pre-training (1500 steps, only for the cases
 to a share, which have not been run) three minutes.
 """
 
@@ -259,12 +260,15 @@ class Bench:
         if case.tuning.compiler is not None or case.tuning.searched:
             return None
         try:
-            trial = Trial(self.tuned(case.tuning, case.task(self)), self.settings_of(case, case.paths), self.accelerator.device)
-            return round(trial.updates().peak)
+            return self._planned(case)
         except torch.OutOfMemoryError:  # of three paths in a forward pass, where the case itself may have one
             return None
         finally:
-            self.release()
+            self.release()  # what a trial has held, which nothing names any more
+
+    def _planned(self, case: Trains) -> int:
+        task, settings = self.tuned(case.tuning, case.task(self)), self.settings_of(case, case.paths)
+        return round(Trial(task, settings, self.accelerator.device).updates().peak)
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Of one call, from an idle device to an idle device."""

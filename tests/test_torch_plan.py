@@ -254,6 +254,12 @@ def test_a_plan_leaves_no_trace(cache):
     assert all(torch.equal(x, before[name]) for name, x in task.base.state_dict().items())
     assert two.phases[0].sizes == (30, 30, 30) and two.phases[0].peak < one.phases[0].peak and two.asked == one.asked
     assert np.isfinite([phase.peak for phase in one.phases]).all()
+    gc.disable()
+    try:
+        f._plan(task, settings, f.Alone(CPU))
+        assert not [x for x in gc.get_objects() if type(x) is p.Trial]  # it refers to itself
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

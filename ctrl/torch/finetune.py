@@ -11,6 +11,7 @@ where a value is learned; Adam. Noise is a pure function of (seed, update, path)
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import time
@@ -415,6 +416,7 @@ def _plan(outlined: Task, settings: Finetune, accelerator: Accelerator) -> None:
         planned = "plan: none, as numbers of the model that is not trained yet are not finite"
     except torch.OutOfMemoryError:
         planned = "plan: none, as updates of two or three paths in a forward pass do not fit in memory; those of one may, see --at-once"
+    gc.collect()  # a trial refers to itself, and holds as much as the run between its updates
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     if accelerator.is_main_process:
