@@ -635,10 +635,25 @@ def test_two_processes_take_the_gradient_of_the_joined_batch(done, on_two, metho
         assert (error(on_two(method)) > 0.1) == isinstance(method, (methods.ScoreFunction, methods.PPO, methods.RewardWeighted))
 
 
+ENDS = """
+from pathlib import Path
+
+from ctrl.cli import entry
+
+try:
+    entry()
+finally:
+    left = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    assert not any("gloo" in name for name in left), left
+"""
+
+
 def test_torchrun(done, tmp_path):
-    """The same command under torchrun, from gzipped files of the other names: one run folder, the metrics of one process."""
+    """The same command under torchrun, from gzipped files of the other names: one run folder, the metrics of one process, no thread that talks on."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
     settings = replace(done.settings, out=tmp_path / "out", data_dir=write_idx(tmp_path / "test", "t10k", ".", ".gz"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctrl", *arguments(settings)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *arguments(settings)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
     assert [ran.stdout.count(words) for words in ("plan: peak memory", "reward queries")] == [1, 2]

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.distributed.nn  # now: imported later, by an optimiser, its default arguments would hold the process group, and its threads, to the end
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import safe_open
@@ -81,7 +82,7 @@ class Finetune(Settings):
         """The command `ctrl finetune`."""
         try:
             summary = finetune(self.made_quick() if self.quick else self)
-        finally:  # or its threads may abort the process as it ends
+        finally:  # or its threads may abort the process, as they let go of tensors when Python ends
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         if summary is not None:
