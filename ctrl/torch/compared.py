@@ -164,6 +164,7 @@ def _frontier(axis: Axes, frames: dict[str, pd.DataFrame], kl_weight: float) -> 
     runs = runs[(runs["seed"] == runs["seed"].min()) & runs["method"].isin([name_of(method) for method in ALL if isinstance(method, ON_FRONTIER)])]
     for method, rows in runs.sort_values("kl_weight").groupby("method", sort=False):
         axis.plot(rows["kl_mean"], rows["reward"], lw=1, ms=5, **STYLES[method])
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     axis.set_xlabel("path KL (nats per image)")
     axis.set_ylabel("reward")
     if "ideal" not in frames:
