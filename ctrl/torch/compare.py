@@ -543,24 +543,27 @@ def fair(found: Sequence[tuple[Trained, dict[str, Any]]]) -> None:
     first: dict[int, tuple[Trained, dict[str, Any]]] = {}
     for part, kept in found:
         one, other = first.setdefault(part.seed, (part, kept))
-        differences = [(f"{name} of update {k + 1}", x, y) for k, rows in enumerate(zip(other["rows"], kept["rows"], strict=False))
-                       for name, x, y in _asked(*rows)]
-        differences += [("the pre-trained model", other["final"]["base"], kept["final"]["base"])]
-        if other["prompts"] and kept["prompts"]:  # of evaluations that were finite
-            differences += [("prompts of the evaluation", *([(row["prompt"], row["paths"]) for row in run["prompts"]] for run in (other, kept)))]
-        if other["rows"] and kept["rows"]:
-            x, y = (np.array([row["reward"], *(each["reward"] for each in row.get("prompts", ()))]) for row in (other["rows"][0], kept["rows"][0]))
-            if not np.allclose(x, y, rtol=SAME, atol=0):
-                differences += [("rewards of the first paths", x.tolist(), y.tolist())]
-        for what, x, y in differences:
-            if x != y:
-                raise ValueError(f"compare: expected the same of {one.name} and {part.name}, got {what}: {x} and {y}")
+        for what, x, y in _differences(other, kept):
+            raise ValueError(f"compare: expected the same of {one.name} and {part.name}, got {what}: {x} and {y}")
 
 
-def _asked(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What two updates must have in common."""
-    prompts = [[(row["prompt"], row["paths"]) for row in update.get("prompts", ())] for update in (one, other)]
-    return [("reward queries", one["queries"], other["queries"]), ("prompts", *prompts)]
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What two runs were asked that is not the same; of updates and evaluations that both have."""
+    if one["final"]["base"] != other["final"]["base"]:
+        yield "the pre-trained model", one["final"]["base"], other["final"]["base"]
+    for k, (x, y) in enumerate(zip(one["rows"], other["rows"], strict=False)):
+        if x["queries"] != y["queries"]:
+            yield f"reward queries of update {k + 1}", x["queries"], y["queries"]
+        counts, others = ([(row["prompt"], row["paths"]) for row in update.get("prompts", ())] for update in (x, y))
+        if counts != others:
+            yield f"prompts of update {k + 1}", counts, others
+        if k == 0:
+            rewards, also = ([row["reward"], *(each["reward"] for each in row.get("prompts", ()))] for row in (x, y))
+            if not np.allclose(rewards, also, rtol=SAME, atol=0):
+                yield "rewards of the first paths", rewards, also
+    counts, others = ([(row["prompt"], row["paths"]) for row in run["prompts"]] for run in (one, other))
+    if counts != others and counts and others:  # none where an evaluation was not finite
+        yield "prompts of the evaluation", counts, others
 
 
 def collect(settings: Compare, task: Task, trained: Sequence[Trained], last: Sequence[Part]) -> dict[str, pd.DataFrame]:
