@@ -36,7 +36,7 @@ from ctrl.torch.finetune import Finetune, Training, queries_to_share
 from ctrl.torch.methods import ALL, Choice, Method, TemporalDifference, ValueGradient
 from ctrl.torch.pipelines import Prompts
 from ctrl.torch.policy import WithoutAdapter
-from ctrl.torch.task import Settings, Task, digest, evaluate, evaluation, measured, prepare, progress, save_atomically, table_of_prompts
+from ctrl.torch.task import Settings, Task, UserReward, digest, evaluate, evaluation, measured, prepare, progress, save_atomically, table_of_prompts
 
 GRADIENTS = 2**31 + 2**16  # noise streams of the signal-to-noise batches: this one and those after it
 ETAS = (1.0, 0.5, 0.0)
@@ -638,7 +638,8 @@ def _of_rates(rates: pd.DataFrame) -> str:
 
 def facts(settings: Compare, task: Task) -> dict[str, str]:
     """Of the page."""
-    out = {"model": settings.pipeline or f"{settings.data}, pre-trained here", "reward": type(settings.reward).__name__}
+    reward = settings.reward.function if isinstance(settings.reward, UserReward) else type(settings.reward).__name__
+    out = {"model": settings.pipeline or f"{settings.data}, pre-trained here", "reward": reward}
     if task.prompts is not None:
         out |= {"prompts": f"{len(task.prompts)}, in turn", "guidance": f"{settings.guidance:g}"}
     out |= {"sampler": f"{settings.steps} steps, eta {settings.eta:g}", "batch": f"{settings.paths} images", "updates": f"{settings.iterations}",

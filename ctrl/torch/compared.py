@@ -145,11 +145,14 @@ def _curve(name: str, label: str) -> Panel:
     def panel(axis: Axes, frames: dict[str, pd.DataFrame], kl_weight: float) -> None:
         at_weight = frames["learning"][frames["learning"]["kl_weight"] == kl_weight]
         for method, rows in at_weight.groupby("method", sort=False):
-            runs = rows.pivot(index="queries", columns="seed", values=name).rolling(15, center=True, min_periods=1).mean()
+            runs = rows.pivot(index="queries", columns="seed", values=name)
+            runs = runs.rolling(min(15, 1 + len(runs) // 8), center=True, min_periods=1).mean()
             axis.plot(runs.index, runs.mean(axis=1), lw=1.6, ms=4, markevery=max(1, len(runs) // 6), **STYLES[method])
             axis.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=STYLES[method]["color"], alpha=0.15, lw=0)
-        if name in ("regret", "kl_mean") and all(np.nanmin(line.get_ydata()) > 0 for line in axis.lines):
+        shown = np.concatenate([line.get_ydata() for line in axis.lines])
+        if name in ("regret", "kl_mean") and np.nanmax(shown) > 3 * np.nanmin(shown) > 0:
             axis.set_yscale("log")  # an estimated J* may lie below what was reached
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-4 * np.nanmax(shown)))  # a KL of 0 is one of rounding
             axis.yaxis.set_major_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
             axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
         axis.set_xlabel("terminal reward queries (images)")
@@ -212,7 +215,9 @@ def _snr(axis: Axes, frames: dict[str, pd.DataFrame], kl_weight: float) -> None:
             axis.plot(n, n * one, lw=1.2, color=style["color"], ls=style["ls"])
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    sizes = sorted(frames["snr"]["paths"].unique())
+    axis.set_xticks(sizes, [str(n) for n in sizes])
+    axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axis.set_xlabel("paths in a batch n")
     axis.set_ylabel("SNR $|E g|^2 / (\\mathrm{tr}\\, \\mathrm{Cov}\\, g / n)$")
     axis.set_title("gradient at one snapshot; lines: n SNR(1)", fontsize=8)
