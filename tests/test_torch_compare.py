@@ -13,6 +13,7 @@ import torch
 import ctrl
 from ctrl.testing import assert_mean
 from ctrl.torch import compare as c
+from ctrl.torch.compared import STYLES, summary
 from ctrl.torch.methods import ALL, AdjointMatching, Pathwise, RewardWeighted, ScoreFunction, ValueGradient
 
 ONLY = ("value-gradient", "score-function", "ppo")
@@ -37,7 +38,7 @@ def parts_of(settings):
 def test_files(done):
     settings, frames = done
     there = {path.name for path in settings.out.iterdir()}
-    assert there == {"config.json", "env.json", "parts", "table.txt", "compare.png", *(f"{name}.csv" for name in frames)}
+    assert there == {"config.json", "env.json", "parts", "table.txt", "compare.png", "index.html", *(f"{name}.csv" for name in frames)}
     assert set(frames) == {"runs", "learning", "ideal", "transfer", "snr"}
     assert len(parts_of(settings)) == 2 * (3 * 2 + 2) + 2 + 1 + 3   # 3 methods, 2 seeds; 2 at the frontier's other weight; snapshot; transfer; snr
     for name, frame in frames.items():
@@ -130,13 +131,79 @@ def test_a_final_evaluation_that_is_not_finite(done, monkeypatch):
     settings, _ = done
     task = c._prepared(settings)
     training = c.Training(task, settings.single(ALL[0], 0, 0.5), c.Accelerator())
-    monkeypatch.setattr(c, "evaluate", lambda *given: {"reward": float("inf")})
+    monkeypatch.setattr(c, "measured", lambda *given: {"reward": float("inf")})
     last = {"reward": -1.0, "objective": -2.0, "kl_mean": 2.0, "kl_median": 2.0, "kl_max": 3.0, "loss": 0.0}
-    row, why = c.judged(task, training, settings, [last])
+    row, prompts, why = c.judged(task, training, settings, [last])
     assert why == "final evaluation: reward is inf" and row["regret"] == task.yardstick.objective + 2.0 and "loss" not in row
-    assert c.judged(task, training, settings, []) == ({}, why)
+    assert prompts == [] and c.judged(task, training, settings, []) == ({}, [], why)
     head = {"method": "ppo", "seed": 0, "kl_weight": 0.5, "stopped": why, "queries": 0}
     assert "1 of 1 stopped" in c.table(pd.DataFrame([head]), 0.5)
+
+
+def kept(settings, *names):
+    return [(c.Trained(method, seed, settings.kl_weight), c.Trained(method, seed, settings.kl_weight).read(settings)) for method in ALL
+            for seed in range(settings.seeds) if c.name_of(method) in names]
+
+
+def test_unequal_runs_are_refused(done, tmp_path, monkeypatch):
+    """Another model, other queries, other noise of one run are seen in what was kept; a method that samples more than the rest stops a comparison."""
+    settings, _ = done
+    c.fair(kept(settings, *ONLY))
+    assert len(kept(settings, *ONLY)) == 6
+    for what, plant in (("the pre-trained model", lambda run: run["final"].update(base="another")),
+                        ("reward queries of update 2", lambda run: run["rows"][1].update(queries=33)),
+                        ("rewards of the first paths", lambda run: run["rows"][0].update(reward=1.01 * run["rows"][0]["reward"])),
+                        ("prompts of update 3", lambda run: run["rows"][2].update(prompts=[{"prompt": 0, "paths": 16}])),
+                        ("rewards of the first paths", lambda run: run.update(rows=kept(settings, "ppo")[0][1]["rows"]))):  # of seed 0
+        found = kept(settings, *ONLY)
+        plant(found[-1][1])
+        with pytest.raises(ValueError, match=f"expected the same of value-gradient_seed1_lambda0.5 and ppo_seed1_lambda0.5, got {what}"):
+            c.fair(found)
+    single = c.Compare.single
+
+    def greedy(self, method, seed, kl_weight):
+        own = single(self, method, seed, kl_weight)
+        return replace(own, paths=own.paths + 2) if c.name_of(method) == "ppo" else own
+
+    monkeypatch.setattr(c.Compare, "single", greedy)
+    with pytest.raises(ValueError, match="ppo_seed0_lambda0.5, got reward queries of update 1: 16 and 18"):
+        c.compare(replace(settings, out=tmp_path, only=("score-function", "ppo"), seeds=1, parts=("learning",)))
+    assert not (tmp_path / "table.txt").exists()
+
+
+def test_learning_rates_are_searched(done, tmp_path):
+    """By objective, among rates whose runs all went through, on seeds of their own; what is chosen moves the runs that are shown."""
+    def tried(method, rate, objective, stopped=None):
+        return {"method": method, "learning_rate": rate, "objective": objective, "stopped": stopped, "queries": 64, "reward": 9 * rate}
+
+    rates = c.searched([tried("a", 1, 0.5), tried("a", 1, 0.7), tried("a", 2, 0.8), tried("a", 2, 0.6), tried("a", 3, 2.0), tried("a", 3, 2.0, "no"),
+                        tried("b", 2, 1.0, "no"), tried("b", 1, np.nan)])
+    assert rates["chosen"].tolist() == [False, True, False, False, True] and rates["stopped"].tolist() == [0, 0, 1, 1, 0]
+    assert c.searched([]).empty
+    settings = replace(done[0], out=tmp_path, only=("score-function",), seeds=1, parts=("learning",), rates=(1.0, 0.01, 30.0))
+    frames = c.compare(settings)
+    objectives = frames["rates"].set_index("learning_rate")["objective"]
+    assert objectives.index.tolist() == [1e-3, 1e-5, 3e-2] and objectives.nunique() == 3
+    best = objectives.idxmax()
+    assert frames["rates"].query("chosen")["learning_rate"].tolist() == [best] == frames["runs"]["learning_rate"].tolist()
+    assert len(frames["runs"]) == 1 and {part.seed for part in c.trials(settings, settings.methods)} == {2**30}
+    end = ", the largest" if best == 3e-2 else ", the least" if best == 1e-5 else ""
+    assert f"144 more reward queries a method: score-function {best:g} (of 3{end})" in (tmp_path / "table.txt").read_text()
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 1  # the model that is shown
+    before = parts_of(settings)
+    c.compare(replace(settings, resume=True))
+    assert parts_of(settings) == before
+
+
+def test_page_shows_the_table(done):
+    """Every number and every sentence of the table, and the figure, in one file that asks for no other."""
+    settings, frames = done
+    page, lines = (settings.out / "index.html").read_text(), (settings.out / "table.txt").read_text().splitlines()
+    numbers = [cell for line in lines[2:5] for cell in line.split()]
+    assert len(numbers) > 30 and all(f">{cell.replace('+-', ' ± ')}</" in page for cell in numbers)
+    assert len(lines) > 5 and all(line.replace("+-", "±").replace("'", "&#39;") in page for line in lines[5:])
+    assert lines[5].startswith(f"J* = {frames['runs']['optimum'].iloc[0]:.3f} +- ") and "of 256 reference samples, ESS" in lines[5]
+    assert page.count("data:image/png;base64,") == 1 and "http" not in page
 
 
 def test_refusals():
@@ -146,6 +213,10 @@ def test_refusals():
         c.Compare(kl_weight=0.0)
     with pytest.raises(ValueError, match="snr_batches: expected an integer >= 3, got 2"):
         c.Compare(snr_batches=2)
+    with pytest.raises(ValueError, match="rates: expected different factors, got 1 3 1"):
+        c.Compare(rates=(1.0, 3.0, 1.0))
+    with pytest.raises(ValueError, match=r"seed: expected an integer below 2\^30 with all its runs"):
+        c.Compare(seed=2**30 - 2)
     with pytest.raises(ValueError, match="snr_sizes: expected an integer >= 2, got 1"):
         c.Compare(snr_sizes=(1, 2))
 
@@ -191,8 +262,9 @@ def test_batch_gradient_is_the_mean_of_path_gradients(done):
     """For an objective that does not couple paths, the gradient of a batch is the mean of those of its halves."""
     settings, _ = done
     training = c.Training(c._prepared(settings), settings.single(ALL[0], 0, 0.5), c.Accelerator())
-    run = c.sample(training.problem, training.policy, training.grid, ctrl.Noise(5, 6))
-    whole, first, second = (c.batch_gradient(Pathwise().objective(training.value), part) for part in (run, run[:3], run[3:]))
+    training.objective, _ = training.asked_of(Pathwise())
+    noise = ctrl.Noise(5, 6)
+    whole, first, second = (c.batch_gradient(training, part) for part in (noise, noise[:3], noise[3:]))
     assert whole.shape == (sum(p.numel() for p in training.policy.trainable()),) and whole.norm() > 0
     assert (whole - (first + second) / 2).norm() < 1e-5 * whole.norm()
     assert (whole - (first + second)).norm() > 0.5 * whole.norm()  # planted: the sum
@@ -211,7 +283,7 @@ def test_table_is_sorted_by_regret():
     runs = pd.DataFrame([made("ppo", 1.6, -0.1), made("ppo", 1.2, -0.1, seed=1), made("pathwise", 0.5, -0.4), made("pathwise", 0.5, -0.4, seed=1),
                          made("dpok", np.nan, np.nan, stopped="update 1: no"), made("dpok", np.nan, np.nan, seed=1),
                          made("value-gradient", 0.1, -0.9) | {"kl_weight": 1.0}])
-    rows = c.summary(runs, 0.5)
+    rows = summary(runs, 0.5)
     assert rows.index.tolist() == ["pathwise", "ppo", "dpok"] and rows["regret"].tolist()[:2] == [0.5, pytest.approx(1.4)]
     assert rows.index.tolist() != rows.sort_values("reward", ascending=False).index.tolist()  # planted: by reward
     assert rows.loc["ppo", "regret_sem"] == pytest.approx(0.2) and rows.loc["dpok", "stopped"] == 1
@@ -227,6 +299,6 @@ def test_share_that_some_seeds_never_reach():
 
 
 def test_every_method_has_its_own_style():
-    assert set(c.STYLES) == set(c.NAMES) and len({s["color"] for s in c.STYLES.values()}) == len({s["marker"] for s in c.STYLES.values()}) == 8
+    assert set(STYLES) == set(c.NAMES) and len({s["color"] for s in STYLES.values()}) == len({s["marker"] for s in STYLES.values()}) == 8
     kinds = (ValueGradient, Pathwise, AdjointMatching, ScoreFunction)
     assert all(kind in c.ON_FRONTIER for kind in kinds) and RewardWeighted not in c.ON_FRONTIER

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from random import randrange
 
 import numpy as np
@@ -25,14 +27,14 @@ from ctrl import cli
 from ctrl import torch as ct
 from ctrl.files import write_json
 from ctrl.schedule import DiscreteVP, TimeGrid
-from ctrl.torch import pictures, rewards
+from ctrl.torch import compare, pictures, rewards
 from ctrl.torch.finetune import Alone, Finetune, Training, finetune
 from ctrl.torch.chain import step
 from ctrl.torch.methods import ALL, PPO, Pathwise, ScoreFunction
 from ctrl.torch.pipelines import DiffusersUNet, OfImages, Pretrained, Prompts, prompts_of
 from ctrl.torch.policy import NetworkPolicy, PredictsNoise, Times, denoised
 from ctrl.torch.pretrain import sampling_grid
-from ctrl.torch.task import prepare
+from ctrl.torch.task import UserReward, prepare
 from ctrl.torch.yardstick import yardstick
 
 torch.set_num_threads(1)
@@ -530,3 +532,161 @@ def test_pipelines_that_are_refused(latent, pixels, tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match="pipeline: expected a folder or an id of a diffusers pipeline with safetensors"):
         Pretrained.load(str(tmp_path / "pickled"))
+
+
+# ------------------------------------------------------------------------------------------- methods compared
+
+
+def comparison(folder, out, **changed):
+    small = dict(steps=3, paths=4, iterations=2, samples=4, seeds=2, kl_weights=(0.5, 0.1), kl_weight=0.1, transfer_steps=(3,), snapshot=1,
+                 snr_sizes=(2, 4), snr_batches=3, only=("score-function", "pathwise"), threads=1)
+    return compare.Compare(**{**small, "pipeline": str(folder), "out": out, "cache": out.parent / "cache", **changed})
+
+
+ASKED = dict(prompts=("cat", "dog"), reference_samples=24, reference_steps=3)
+
+
+@pytest.fixture(scope="module")
+def compared(latent, tmp_path_factory):
+    """Two methods, two seeds, two prompts on latents, with a reward that has a gradient and favours a prompt: settings and frames."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "reward.py").write_text("def score(images, prompts):\n"
+                                      "    return 100 * images.flatten(1).mean(1) + images.new_tensor([float(p == 'cat') for p in prompts])\n")
+    settings = comparison(latent, folder / "out", reward=UserReward(f"{folder / 'reward.py'}:score", differentiable=True), **ASKED)
+    return settings, compare.compare(settings)
+
+
+def test_methods_are_compared_on_prompts(compared):
+    """Every part of a comparison; what is said by prompt averages to what is said as a whole; in words what there is not."""
+    settings, frames = compared
+    assert set(frames) == {"runs", "learning", "prompts", "ideal", "transfer", "snr"} and frames["runs"]["stopped"].isna().all()
+    assert "prompts" not in frames["learning"] and set(frames["runs"]["queries"]) == {8}
+    keys = ["method", "seed", "kl_weight"]
+    assert len(frames["runs"]) == 2 * (2 + 1) and len(frames["prompts"]) == 2 * len(frames["runs"])
+    means = frames["prompts"].groupby(keys)[["reward", "kl", "regret"]].mean()
+    whole = frames["runs"].set_index(keys).loc[means.index, ["reward", "kl_mean", "regret"]]
+    np.testing.assert_allclose(means.to_numpy(), whole.to_numpy(), rtol=1e-5, atol=1e-6)
+    of_prompt = frames["prompts"].groupby("prompt")["reward"].mean()
+    assert 0.2 < of_prompt["cat"] - of_prompt["dog"] < 1.8
+    page, text = (settings.out / "index.html").read_text(), (settings.out / "table.txt").read_text()
+    assert "by regret" in text and "no judged share: a judge is there for classes of the data alone" in text
+    assert "(the least of 2 prompts, 12 samples each); below an ESS of 50 it tends to be too low" in text
+    assert '<th scope="row">cat</th>' in page and '<th scope="row">dog</th>' in page and "judged" not in page.replace("no judged share", "")
+    assert imread(settings.out / "compare.png").std() > 0.05
+
+
+def test_ideal_frontier_is_that_of_each_prompt(compared):
+    """No model may answer one prompt in the place of another: the mean of the prompts' frontiers, not that of all samples together."""
+    settings, frames = compared
+    r = prepare(settings).reference_rewards
+    for _, row in frames["ideal"][frames["ideal"]["kl_weight"].isin(settings.kl_weights)].iterrows():
+        each = [yardstick(r[j::2], row["kl_weight"]) for j in range(2)]
+        assert row["kl"] == pytest.approx(np.mean([best.kl for best in each]), abs=1e-6)
+        assert row["reward"] == pytest.approx(np.mean([best.reward for best in each]))
+        assert abs(row["reward"] - yardstick(r, row["kl_weight"]).reward) > 1e-3  # planted: all samples together
+
+
+def test_compared_gradients_see_the_prompts(compared):
+    """The gradient of a batch is that of the loss on paths of the prompts in turn, with a baseline for each; without prompts it is another."""
+    settings, _ = compared
+    training = Training(prepare(settings), settings.single(ScoreFunction(), 0, 0.1), Alone(torch.device("cpu")))
+    training.objective, training.statistics = training.asked_of(ScoreFunction())
+    noise, theta = ctrl.Noise(5, 6), training.policy.trainable()
+    found = compare.batch_gradient(training, noise, training.task.context(6))
+
+    def by_hand(objective, context):
+        run = ct.sample(training.problem, training.policy, training.grid, noise, context)
+        grads = torch.autograd.grad(objective.loss(run).mean(), theta, allow_unused=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, theta, strict=True)])
+
+    own, turned = training.task.prompts.cycled(6), training.task.prompts.cycled(6, first=1)
+    assert isinstance(training.statistics, ct.PerPrompt)
+    assert (found - by_hand(training.objective, own)).norm() < 1e-4 * found.norm()
+    for wrong in (by_hand(training.objective, turned), by_hand(ScoreFunction().objective(training.value), own)):
+        assert (found - wrong).norm() > 1e-2 * found.norm()
+
+
+@pytest.mark.parametrize(("paths", "seen"), [(4, "rewards of the first paths"), (3, "prompts of update 1")])
+def test_a_method_that_sees_other_prompts_is_refused(compared, tmp_path, monkeypatch, paths, seen):
+    """Planted: the next prompt for every path of one method. As many of each: other rewards; else other numbers of paths."""
+    batch = Training.batch
+
+    def turned(self, noise, context):
+        return batch(self, noise, self.task.prompts.cycled(len(context), first=1) if isinstance(self.settings.method, Pathwise) else context)
+
+    monkeypatch.setattr(Training, "batch", turned)
+    run = replace(compared[0], out=tmp_path, seeds=1, paths=paths, iterations=1, samples=2, parts=("learning",))
+    with pytest.raises(ValueError, match=f"expected the same of pathwise_seed0_lambda0.1 and score-function_seed0_lambda0.1, got {seen}"):
+        compare.compare(run)
+
+
+KILLED = """
+import json, os, signal, sys
+from ctrl import cli
+from ctrl.torch import compare
+
+finish, left = compare.Part.finish, [int(sys.argv[2])]
+
+def last(self, settings, task):
+    if left[0] == 0:
+        compute = type(self)._updates
+        type(self)._updates = lambda *given, **more: (compute(*given, **more), os.kill(os.getpid(), signal.SIGKILL))
+    left[0] -= 1
+    finish(self, settings, task)
+
+compare.Part.finish = last
+cli.main(["compare", *json.loads(sys.argv[1])])
+"""
+
+
+def test_a_comparison_killed_and_resumed(compared, tmp_path):
+    """kill -9 within any run: --resume keeps what was finished, and arrives at every bit of the uninterrupted comparison."""
+    settings, _ = compared
+    done, out = randrange(4), tmp_path / "out"
+    words = ["--pipeline", settings.pipeline, "--prompts", "cat", "dog", "--steps", "3", "--paths", "4", "--iterations", "2", "--samples", "4",
+             "--seeds", "2", "--kl-weight", ".1", "--kl-weights", ".5", ".1", "--transfer-steps", "3", "--snapshot", "1", "--snr-sizes", "2", "4",
+             "--snr-batches", "3", "--only", "score-function", "pathwise", "--threads", "1", "--reference-samples", "24", "--reference-steps", "3",
+             "--parts", "learning", "--cache", str(settings.cache), "--out", str(out), "reward:user", "--reward.function", settings.reward.function,
+             "--reward.differentiable"]
+    ran = subprocess.run([sys.executable, "-c", KILLED, json.dumps(words), str(done)], capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    finished = {path.name: path.stat().st_mtime_ns for path in (out / "parts").glob("*.json")}
+    assert ran.returncode == -9 and len(finished) == done and not (out / "table.txt").exists(), (done, ran.stderr)
+    compare.compare(replace(settings, out=out, parts=("learning",), resume=True))
+    again = sorted((out / "parts").iterdir())
+    assert len(again) == 2 * 4 and all((out / "parts" / name).stat().st_mtime_ns == then for name, then in finished.items())
+    for path in again:
+        whole = settings.out / "parts" / path.name
+        if path.suffix == ".json":
+            mine, theirs = (re.sub(r'"seconds": [^,\n]*', "", file.read_text()) for file in (path, whole))
+            assert mine == theirs, (done, path.name)
+        else:
+            first, second = load_file(path), load_file(whole)
+            assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), (done, path.name)
+
+
+def test_methods_are_compared_on_pixels(pixels, tmp_path):
+    """No prompts, no reference samples, no gradient of the reward, an adapter: in words what there is not, and all the rest."""
+    settings = comparison(pixels, tmp_path / "out", reward=rewards.Compressibility(), reference_samples=0, lora_rank=2, lora_targets=("to_q", "to_k"),
+                          only=("score-function", "dpok", "pathwise"))
+    frames, text = compare.compare(settings), (tmp_path / "out" / "table.txt").read_text()
+    assert set(frames) == {"runs", "learning", "transfer", "snr"}
+    assert set(frames["runs"]["method"]) == set(frames["snr"]["method"]) == {"score-function", "dpok"}
+    assert not any("regret" in frame for frame in frames.values()) and frames["runs"]["stopped"].isna().all()
+    for said in ("by objective", "no J*, no regret, no ideal frontier: no reference samples", "no judged share",
+                 "left out, as the reward has no gradient: pathwise", "on the way of temporal-difference",
+                 "learning rates are those that suit digits", "before the first update: reward"):
+        assert said in text
+    evaluations = frames["runs"].set_index("method")["network_evaluations"]
+    assert (evaluations["score-function"] == 8 * 3 * 3).all()  # sampling, the forward of the update, the reference's: an adapter is not counted twice
+    assert imread(settings.out / "compare.png").std() > 0.05
+    with pytest.raises(ValueError, match="only: expected a method that does without the reward's gradient, which there is not, got pathwise"):
+        compare.compare(replace(settings, out=tmp_path / "none", only=("pathwise",)))
+
+
+def test_a_quick_run_has_as_many_reference_samples_of_each_prompt(latent):
+    def few(count):
+        prompts = tuple(map(str, range(count)))
+        return comparison(latent, Path("out"), reward=rewards.Brightness(), prompts=prompts).made_quick().reference_samples
+
+    assert [few(count) for count in (1, 2, 3, 9, 129)] == [256, 256, 255, 252, 0]

@@ -9,7 +9,6 @@ Terminal reward queries are what is made equal; what a method asks of the reward
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,44 +17,33 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import torch
 import tyro
 from accelerate import Accelerator
 from joblib import Parallel, delayed
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl import check
 from ctrl.check import Array
-from ctrl.files import environment, writable, write_json
+from ctrl.files import environment, writable, write_json, write_text
 from ctrl.noise import Noise
-from ctrl.torch.chain import Reward, Run, sample
+from ctrl.torch.chain import Reward
+from ctrl.torch.compared import NAMES, ON_FRONTIER, draw, name_of, page, table
 from ctrl.torch.finetune import Finetune, Training, queries_to_share
-from ctrl.torch.methods import ALL, AdjointMatching, Choice, Method, Pathwise, ScoreFunction, TemporalDifference, ValueGradient
-from ctrl.torch.objectives import Objective
+from ctrl.torch.methods import ALL, Choice, Method, TemporalDifference, ValueGradient
+from ctrl.torch.pipelines import Prompts
 from ctrl.torch.policy import WithoutAdapter
-from ctrl.torch.task import Settings, Task, evaluate, prepare, progress, save_atomically
-from ctrl.torch.yardstick import ideal_frontier
+from ctrl.torch.task import Settings, Task, UserReward, digest, evaluate, evaluation, measured, prepare, progress, save_atomically, table_of_prompts
 
 GRADIENTS = 2**31 + 2**16  # noise streams of the signal-to-noise batches: this one and those after it
-ON_FRONTIER = (ValueGradient, Pathwise, AdjointMatching, TemporalDifference, ScoreFunction)
 ETAS = (1.0, 0.5, 0.0)
 SHARE = 0.8
-TRUSTED_ESS = 50  # of the ideal frontier's weights
-
-
-def name_of(method: Method) -> str:
-    """value-gradient for ValueGradient(): the name on the command line and in tables."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(method).__name__).lower()
-
-
-NAMES = tuple(name_of(method) for method in ALL)
+TRUSTED_ESS = 50  # of J* and of the ideal frontier
+SAME = 1e-3  # relative difference of two means of rewards of the same paths, on whatever devices
+TUNING = 2**30  # seeds of the search for learning rates: this one and those after it
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -75,6 +63,10 @@ class Compare(Settings):
     """Learning curves, reward against KL, other samplers, signal-to-noise of gradients."""
     seeds: int = 3
     """Runs of each method, which differ in the noise of their updates."""
+    rates: tuple[float, ...] = ()
+    """Factors on the methods' learning rates, of which a search chooses one for each method; none: no search, the rates of digits."""
+    rate_seeds: int = 1
+    """Runs of each factor, on seeds that no result uses."""
     kl_weights: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25)
     """Of the frontier; runs of the first seed."""
     transfer_steps: tuple[int, ...] = (5, 10, 20, 50, 100)
@@ -96,13 +88,19 @@ class Compare(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("seeds", 1), ("snapshot", 1), ("snr_batches", 3), ("jobs", 1)):
+        for name, least in (("seeds", 1), ("rate_seeds", 1), ("snapshot", 1), ("snr_batches", 3), ("jobs", 1)):
             check.integer(name, getattr(self, name), at_least=least)
         for name, least in (("transfer_steps", 1), ("snr_sizes", 2)):
             for number in getattr(self, name):
                 check.integer(name, number, at_least=least)
         for number in (self.kl_weight, *self.kl_weights):
             check.number("kl_weight", number, above=0)  # regret and frontier need an optimum
+        for number in self.rates:
+            check.number("rates", number, above=0)
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError(f"rates: expected different factors, got {' '.join(f'{x:g}' for x in self.rates)}")
+        if self.seed + max(self.seeds, self.rate_seeds) > TUNING:
+            raise ValueError(f"seed: expected an integer below 2^30 with all its runs, got {self.seed}")
         if unknown := sorted(set(self.only) - set(NAMES)):
             raise ValueError(f"only: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
 
@@ -127,7 +125,8 @@ class Compare(Settings):
     def run(self) -> int:
         """The command `ctrl compare`."""
         settings = self.made_quick() if self.quick else self
-        print(table(compare(settings)["runs"], settings.kl_weight))
+        compare(settings)
+        print((settings.out / "table.txt").read_text(), end="")
         return 0
 
 
@@ -135,7 +134,7 @@ class Compare(Settings):
 
 
 class Counted:
-    """A reward that counts the images it was asked about."""
+    """A reward that counts the images (of latents: decoded ones) it was asked about."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward, self.images = reward, 0
@@ -147,13 +146,15 @@ class Counted:
 
 @contextmanager
 def states_through(training: Training) -> Iterator[list[int]]:
-    """Counts the states that pass forward through the policy or the pre-trained network, recomputed ones too."""
+    """Counts the states that pass forward through the policy or the pre-trained network, recomputed ones too; with guidance each is two calls."""
     count = [0]
 
     def seen(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         count[0] += output.shape[0] * output.shape[1]
 
-    hooks = [module.register_forward_hook(seen) for module in (training.policy, training.problem.pretrained)]
+    pretrained = training.problem.pretrained
+    own = () if isinstance(pretrained, WithoutAdapter) else (pretrained,)  # an adapter's reference is the policy again
+    hooks = [module.register_forward_hook(seen) for module in (training.policy, *own)]
     try:
         yield count
     finally:
@@ -194,24 +195,27 @@ class Trained(Part):
 
     @property
     def name(self) -> str:
-        return f"{name_of(self.method)}_seed{self.seed}_lambda{self.kl_weight:g}"
+        rate = "" if self.method in ALL else f"_rate{self.method.learning_rate:g}"
+        return f"{name_of(self.method)}{rate}_seed{self.seed}_lambda{self.kl_weight:g}"
 
     def compute(self, settings: Compare, task: Task) -> dict[str, Any]:
         own, counted = settings.single(self.method, self.seed, self.kl_weight), Counted(task.problem.reward)
-        task = replace(task, problem=replace(task.problem, kl_weight=self.kl_weight))
+        task = priced(task, self.kl_weight)
         training = Training(replace(task, problem=replace(task.problem, reward=counted)), own, Accelerator())
         rows, stopped = self._updates(training, counted, bar=settings.jobs == 1)
-        final, lost = judged(task, training, own, rows)
-        average = {key: x for key, x in training.tensors().items() if key.startswith("average.")}
-        save_atomically(average, self.path(settings, ".safetensors"))
+        final, prompts, lost = judged(task, training, own, rows)
+        if self.seed < TUNING:  # what is tried is not looked at again
+            average = {key: x for key, x in training.tensors().items() if key.startswith("average.")}
+            save_atomically(average, self.path(settings, ".safetensors"))
         share = queries_to_share(rows, SHARE) if rows and "judged_share" in rows[0] else None
         costs = {name: rows[-1][name] if rows else 0 for name in ("queries", "reward_evaluations", "network_evaluations", "seconds")}
-        head = {"method": name_of(self.method), "seed": self.seed, "kl_weight": self.kl_weight, "updates": len(rows), "stopped": stopped or lost}
-        return {"rows": rows, "final": {**head, **costs, "queries_to_share": share, "optimum": optimum(task), **final}}
+        head = {"method": name_of(self.method), "seed": self.seed, "kl_weight": self.kl_weight, "learning_rate": self.method.learning_rate,
+                "base": digest(task.base), "updates": len(rows), "stopped": stopped or lost}
+        return {"rows": rows, "prompts": prompts, "final": {**head, **costs, "queries_to_share": share, **optimum(task), **final}}
 
-    def _updates(self, training: Training, counted: Counted, bar: bool) -> tuple[list[dict[str, float]], str | None]:
+    def _updates(self, training: Training, counted: Counted, bar: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Metrics with running totals, up to the last update that is finite; and why there are no more."""
-        rows: list[dict[str, float]] = []
+        rows: list[dict[str, Any]] = []
         seconds, total = 0.0, training.settings.iterations
         with progress(self.name, total, bar) as step, states_through(training) as states:
             while len(rows) < total:
@@ -235,21 +239,30 @@ class Trained(Part):
         return training
 
 
-def judged(task: Task, training: Training, settings: Settings, rows: Sequence[dict[str, float]]) -> tuple[dict[str, float], str | None]:
-    """The averaged model on fresh noise; where that is not finite, the last finite batch, and why."""
+def judged(task: Task, training: Training, settings: Settings, rows: Sequence[dict[str, Any]],
+           ) -> tuple[dict[str, float], list[dict[str, Any]], str | None]:
+    """The averaged model on fresh noise, as a whole and by prompt; where that is not finite, the last finite batch, and why."""
     try:
-        return finite(evaluate(task, training.average, pretrained_of(training), settings)), None
+        paths = evaluation(task, training.average, pretrained_of(training), settings)
+        return finite(measured(task, paths)), [row.pop("tuned") | row for row in table_of_prompts(task, tuned=paths)], None
     except FloatingPointError as error:
         last = rows[-1] if rows else {}
         row = {name: last[name] for name in ("reward", "objective", "kl_mean", "kl_median", "kl_max", "judged_share") if name in last}
-        return row | ({"regret": optimum(task) - row["objective"]} if row else {}), f"final evaluation: {error}"
+        regret = {"regret": task.yardstick.objective - row["objective"]} if row and task.yardstick is not None else {}
+        return row | regret, [], f"final evaluation: {error}"
 
 
-def optimum(task: Task) -> float:
-    """J*, against which all methods are held."""
-    if task.yardstick is None:
-        raise ValueError("reference_samples: expected at least 2 for a comparison by regret, got 0")
-    return task.yardstick.objective
+def priced(task: Task, kl_weight: float) -> Task:
+    """The task at another price of the KL; the reward is not asked again of the reference samples."""
+    other = replace(task, problem=replace(task.problem, kl_weight=kl_weight))
+    if len(task.reference):
+        other.__dict__["reference_rewards"] = task.reference_rewards
+    return other
+
+
+def optimum(task: Task) -> dict[str, float]:
+    """J*, against which all methods are held, where there are reference samples."""
+    return {} if task.yardstick is None else {"optimum": task.yardstick.objective}
 
 
 def finite(row: dict[str, float]) -> dict[str, float]:
@@ -277,7 +290,7 @@ class Transfer(Part):
         return f"transfer_{self.model.name}"
 
     def compute(self, settings: Compare, task: Task) -> dict[str, Any]:
-        task = replace(task, problem=replace(task.problem, kl_weight=self.model.kl_weight))
+        task = priced(task, self.model.kl_weight)
         training = self.model.restored(settings, task)
         base, own, rows = pretrained_of(training), settings.single(self.model.method, self.model.seed, self.model.kl_weight), []
         with progress("transfer", len(ETAS) * len(settings.transfer_steps), settings.jobs == 1) as step:
@@ -298,13 +311,14 @@ class Snapshot(Part):
     """A policy on its way, and the value that it learned: where gradients are compared; its last finite state."""
 
     seed: int
+    method: Method
 
     @property
     def name(self) -> str:
         return f"snapshot_seed{self.seed}"
 
     def training(self, settings: Compare, task: Task) -> Training:
-        return Training(task, settings.single(ValueGradient(), self.seed, settings.kl_weight), Accelerator())
+        return Training(task, settings.single(self.method, self.seed, settings.kl_weight), Accelerator())
 
     def compute(self, settings: Compare, task: Task) -> dict[str, Any]:
         training, stopped = self.training(settings, task), None
@@ -347,17 +361,20 @@ class SignalToNoise(Part):
         return {"rows": rows, "stopped": None}
 
     def _measured(self, training: Training, noises: list[Noise], step: Callable[..., None]) -> dict[str, float]:
-        objective, gradients = self.method.objective(training.value), []
+        training.objective, training.statistics = training.asked_of(self.method)
+        gradients = []
         for noise in noises:
-            gradients.append(batch_gradient(objective, sample(training.problem, training.policy, training.grid, noise)))
+            gradients.append(batch_gradient(training, noise, training.task.context(noise.paths)))
             step(noise.paths)
         return finite(signal_to_noise(torch.stack(gradients)))
 
 
-def batch_gradient(objective: Objective, run: Run) -> Tensor:
+def batch_gradient(training: Training, noise: Noise, context: Prompts | None = None) -> Tensor:
     """The gradient of a batch's mean loss, (p,), as an optimiser would get it."""
-    gradient = torch.autograd.grad(objective.loss(run).mean(), run.policy.trainable())  # type: ignore[attr-defined]
-    return torch.cat([part.flatten() for part in gradient])
+    batch, theta = training.batch(noise, context), training.policy.trainable()
+    training.optimiser.zero_grad()
+    batch.each(lambda run: batch.backward(training.objective.loss(run)))
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in theta])
 
 
 def signal_to_noise(gradients: Tensor) -> dict[str, float]:
@@ -393,21 +410,30 @@ def compare(settings: Compare) -> dict[str, pd.DataFrame]:
     """Run (or resume) a comparison; its frames, which are also its CSV files.
 
     runs : one row a trained model      learning : one a model and update      ideal : the best reward at each KL
-    transfer : one a sampler      snr : one an objective and batch size
+    transfer : one a sampler      snr : one an objective and batch size      prompts : one a model and prompt      rates : one a rate tried
     Source: theory.md, sections 9, 11, 12 and 15.   Checked: tests/test_torch_compare.py::test_rows_are_consistent
     """
     begin(settings)
     task = _prepared(settings)
-    learning, frontier, last = pieces(settings)
+    methods = able(settings, task)
+    tried = trials(settings, methods)
+    carry_out(settings, task, tried)
+    rates = searched([part.read(settings)["final"] for part in tried])
+    methods = [_chosen(rates, method) for method in methods]
+    learning, frontier, last = pieces(settings, task, methods)
     snapshots = [part.snapshot for part in last if isinstance(part, SignalToNoise)]
     models = [part.model for part in last if isinstance(part, Transfer)]
     for stage in ([*learning, *frontier, *models, *snapshots[:1]], last):
         carry_out(settings, task, list(dict.fromkeys(stage)))
-    frames = collect(settings, task, list(dict.fromkeys([*learning, *frontier])), last)
+    trained = list(dict.fromkeys([*learning, *frontier]))
+    fair([(part, part.read(settings)) for part in [*tried, *trained, *models]])
+    frames = collect(settings, task, trained, last) | ({"rates": rates} if tried else {})
     for name, frame in frames.items():
         frame.to_csv(settings.out / f"{name}.csv", index=False)
-    (settings.out / "table.txt").write_text(table(frames["runs"], settings.kl_weight) + "\n")
-    draw(frames, settings.kl_weight).savefig(settings.out / "compare.png", dpi=150)
+    notes, figure = said(settings, task, frames), draw(frames, settings.kl_weight)
+    write_text(settings.out / "table.txt", table(frames["runs"], settings.kl_weight, notes) + "\n")
+    write_text(settings.out / "index.html", page(frames, settings.kl_weight, notes, facts(settings, task), figure))
+    figure.savefig(settings.out / "compare.png", dpi=150)
     return frames
 
 
@@ -421,18 +447,65 @@ def begin(settings: Compare) -> None:
         changed = [name for name, value in settings.identity().items() if then.get(name) != value]
         raise ValueError(f"resume: expected the settings of the comparison in {settings.out}, got other values of {', '.join(changed)}")
     write_json(config, settings.identity())
-    surroundings = environment("torch", "accelerate", "safetensors")
+    surroundings = environment("torch", "accelerate", "diffusers", "peft", "safetensors")
     write_json(settings.out / "env.json", {**surroundings, "threads": torch.get_num_threads(), "jobs": settings.jobs})
 
 
-def pieces(settings: Compare) -> tuple[list[Trained], list[Trained], list[Part]]:
+def able(settings: Compare, task: Task) -> list[Method]:
+    """The methods that the reward allows: some ask for its gradient."""
+    found = [method for method in settings.methods if not method.differentiates or differentiable(task)]
+    if not found:
+        raise ValueError(f"only: expected a method that does without the reward's gradient, which there is not, got {', '.join(settings.only)}")
+    return found
+
+
+def differentiable(task: Task) -> bool:
+    """Whether the reward has a gradient, as far as it says."""
+    return getattr(task.problem.reward, "differentiable", True)
+
+
+def trials(settings: Compare, methods: Sequence[Method]) -> list[Trained]:
+    """Runs of every learning rate that is tried, on seeds of their own; none where no run would use them."""
+    if not {"learning", "frontier", "transfer"} & set(settings.parts):
+        return []
+    return [Trained(replace(method, learning_rate=factor * method.learning_rate), TUNING + settings.seed + k, settings.kl_weight)
+            for method in methods for factor in settings.rates for k in range(settings.rate_seeds)]
+
+
+def searched(finals: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The learning rates that were tried, with means over their seeds, and which was chosen: of the largest objective, none of whose runs stopped.
+
+    Of a method whose every rate has a run that stopped: the least.
+    Source: design.md, runs.   Checked: tests/test_torch_compare.py::test_learning_rates_are_searched
+    """
+    if not finals:
+        return pd.DataFrame()
+    names = ["objective", "reward", "kl_mean", "queries"]
+    runs = pd.DataFrame(finals, columns=["method", "learning_rate", "stopped", *names])
+    groups = runs.groupby(["method", "learning_rate"], sort=False)
+    out = groups[names].mean().assign(seeds=groups.size(), stopped=groups["stopped"].count()).reset_index()
+    worth = out["objective"].where(out["stopped"] == 0, -np.inf).fillna(-np.inf)
+    order = out.assign(worth=-worth).sort_values(["worth", "learning_rate"])
+    return out.assign(chosen=out.index.isin(order.groupby("method").head(1).index))
+
+
+def _chosen(rates: pd.DataFrame, method: Method) -> Method:
+    """The method at the learning rate that was chosen, where one was searched for."""
+    if rates.empty:
+        return method
+    rate = rates[rates["chosen"] & (rates["method"] == name_of(method))]["learning_rate"]
+    return replace(method, learning_rate=float(rate.iloc[0]))
+
+
+def pieces(settings: Compare, task: Task, methods: Sequence[Method]) -> tuple[list[Trained], list[Trained], list[Part]]:
     """Runs of the learning curves, runs of the frontier (which share some), and what looks at their models."""
-    methods, first, asked = settings.methods, settings.seed, settings.parts
+    first, asked = settings.seed, settings.parts
     learning = [Trained(method, first + k, settings.kl_weight) for k in range(settings.seeds) for method in methods if "learning" in asked]
     frontier = [Trained(method, first, kl_weight) for method in methods if "frontier" in asked and isinstance(method, ON_FRONTIER)
                 for kl_weight in settings.kl_weights]
     last: list[Part] = [Transfer(Trained(methods[0], first, settings.kl_weight))] if "transfer" in asked else []
-    return learning, frontier, last + [SignalToNoise(method, Snapshot(first)) for method in methods if "snr" in asked]
+    snapshot = Snapshot(first, ValueGradient() if differentiable(task) else TemporalDifference())
+    return learning, frontier, last + [SignalToNoise(method, snapshot) for method in methods if "snr" in asked]
 
 
 def carry_out(settings: Compare, task: Task, parts: Sequence[Part]) -> None:
@@ -461,16 +534,52 @@ def _prepared(settings: Compare) -> Task:
     return prepare(settings, Accelerator().device)
 
 
+def fair(found: Sequence[tuple[Trained, dict[str, Any]]]) -> None:
+    """ValueError where runs of one seed were not asked the same: the model, reward queries and prompts of every update, prompts of the evaluation,
+    and the first paths, which all sample from the pre-trained model on the same noise.
+
+    Source: theory.md, section 15.   Checked: tests/test_torch_compare.py::test_unequal_runs_are_refused
+    """
+    first: dict[int, tuple[Trained, dict[str, Any]]] = {}
+    for part, kept in found:
+        one, other = first.setdefault(part.seed, (part, kept))
+        for what, x, y in _differences(other, kept):
+            raise ValueError(f"compare: expected the same of {one.name} and {part.name}, got {what}: {x} and {y}")
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What two runs were asked that is not the same; of updates and evaluations that both have."""
+    if one["final"]["base"] != other["final"]["base"]:
+        yield "the pre-trained model", one["final"]["base"], other["final"]["base"]
+    for k, (x, y) in enumerate(zip(one["rows"], other["rows"], strict=False)):
+        if x["queries"] != y["queries"]:
+            yield f"reward queries of update {k + 1}", x["queries"], y["queries"]
+        counts, others = ([(row["prompt"], row["paths"]) for row in update.get("prompts", ())] for update in (x, y))
+        if counts != others:
+            yield f"prompts of update {k + 1}", counts, others
+        if k == 0:
+            rewards, also = ([row["reward"], *(each["reward"] for each in row.get("prompts", ()))] for row in (x, y))
+            if not np.allclose(rewards, also, rtol=SAME, atol=0):
+                yield "rewards of the first paths", rewards, also
+    counts, others = ([(row["prompt"], row["paths"]) for row in run["prompts"]] for run in (one, other))
+    if counts != others and counts and others:  # none where an evaluation was not finite
+        yield "prompts of the evaluation", counts, others
+
+
 def collect(settings: Compare, task: Task, trained: Sequence[Trained], last: Sequence[Part]) -> dict[str, pd.DataFrame]:
     """The frames, from the files of the parts."""
     found = [(part, part.read(settings)) for part in trained]
-    curves = [{"method": name_of(part.method), "seed": part.seed, "kl_weight": part.kl_weight, **row,
-               "regret": kept["final"]["optimum"] - row["objective"]} for part, kept in found for row in kept["rows"]]
+    heads = [{"method": name_of(part.method), "seed": part.seed, "kl_weight": part.kl_weight} for part, _ in found]
+    curves = [{**head, **{name: x for name, x in row.items() if name != "prompts"},
+               **({"regret": kept["final"]["optimum"] - row["objective"]} if "optimum" in kept["final"] else {})}
+              for head, (_, kept) in zip(heads, found, strict=True) for row in kept["rows"]]
     frames = {"runs": pd.DataFrame([kept["final"] for _, kept in found], columns=None if found else ["method", "kl_weight"]),
-              "learning": pd.DataFrame(curves)}
-    if "frontier" in settings.parts:
+              "learning": pd.DataFrame(curves),
+              "prompts": pd.DataFrame([{**head, **row} for head, (_, kept) in zip(heads, found, strict=True) for row in kept["prompts"]])}
+    if "frontier" in settings.parts and len(task.reference):
         weights = sorted({*np.geomspace(0.1, 20, 60).tolist(), *settings.kl_weights}, reverse=True)
-        best = [y for y in ideal_frontier(task.reference_rewards, weights) if y.ess >= min(TRUSTED_ESS, settings.reference_samples / 10)]
+        least = min(TRUSTED_ESS, settings.reference_samples / 10 / (1 if task.prompts is None else len(task.prompts)))
+        best = [y for kl_weight in weights if (y := priced(task, kl_weight).yardstick) is not None and y.ess >= least]
         names = ("kl_weight", "kl", "kl_error", "reward", "reward_error", "objective", "objective_error", "ess")
         frames["ideal"] = pd.DataFrame([{name: getattr(y, name) for name in names} for y in best])
     for name, kind in (("transfer", Transfer), ("snr", SignalToNoise)):
@@ -479,158 +588,61 @@ def collect(settings: Compare, task: Task, trained: Sequence[Trained], last: Seq
     return {name: frame for name, frame in frames.items() if name == "runs" or len(frame)}
 
 
-# ------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------- in words
 
 
-def summary(runs: pd.DataFrame, kl_weight: float) -> pd.DataFrame:
-    """One row a method at one kl_weight, by regret: means over seeds, standard errors of these means, runs that stopped.
-
-    Source: theory.md, section 15.   Checked: tests/test_torch_compare.py::test_table_is_sorted_by_regret
-    """
-    runs = runs[runs["kl_weight"] == kl_weight]
-    if runs.empty:
-        return pd.DataFrame()
-    names = [name for name in runs.columns if name not in ("method", "seed", "kl_weight", "stopped") and runs[name].notna().any()]
-    groups = runs.groupby("method")
-    out = pd.concat([groups[names].mean(numeric_only=True), groups[names].sem(numeric_only=True).add_suffix("_sem")], axis=1)
-    out = out.assign(seeds=groups.size(), stopped=groups["stopped"].count(), why=groups["stopped"].first())
-    if "queries_to_share" in out:
-        out["reached"] = groups["queries_to_share"].count()
-    return out.sort_values("regret", na_position="last") if "regret" in out else out
-
-
-def table(runs: pd.DataFrame, kl_weight: float) -> str:
-    """The summary as text; mean over seeds +- its standard error."""
-    rows = summary(runs, kl_weight)
-    if rows.empty:
-        return "no learning curves were asked for"
-    heads = ("regret", "reward", "KL mean", "median", "max", "judged share", "queries to .8", "reward evals", "network evals", "seconds")
-    columns = (("regret", 3, True), ("reward", 3, True), ("kl_mean", 2, True), ("kl_median", 2, False), ("kl_max", 1, False),
-               ("judged_share", 3, True), ("queries_to_share", 0, False), ("reward_evaluations", 0, False), ("network_evaluations", 0, False),
-               ("seconds", 0, False))
-    best = f", J* = {rows['optimum'].max():.3f}" if "optimum" in rows else ""
-    lines = [f"kl_weight {kl_weight:g}{best}; {rows['queries'].max():.0f} reward queries a run; mean over seeds +- standard error; by regret",
-             f"{'method':<20}{'runs':>5}" + "".join(f"{head:>16}" for head in heads)]
-    for method, row in rows.iterrows():
-        cells = [_cell(row, name, digits, error) for name, digits, error in columns]
-        lines.append(f"{method:<20}{row['seeds']:>5.0f}" + "".join(f"{cell:>16}" for cell in cells))
-        if row["stopped"]:
-            lines.append(f"{'':<20}{row['stopped']:.0f} of {row['seeds']:.0f} stopped at the last finite state shown: {row['why']}")
-    return "\n".join(lines)
+def said(settings: Compare, task: Task, frames: dict[str, pd.DataFrame]) -> list[str]:
+    """What the numbers rest on, and what could not be done, a sentence each."""
+    out = [_of_optimum(settings, task)]
+    if "frontier" in settings.parts and len(task.reference) and "ideal" not in frames:
+        out.append("no ideal frontier: no price of the KL has weights of enough reference samples")
+    if task.judge is None:
+        out.append("no judged share: a judge is there for classes of the data alone")
+    if left := [name_of(method) for method in settings.methods if method.differentiates and not differentiable(task)]:
+        out.append(f"left out, as the reward has no gradient: {', '.join(left)}")
+    if "snr" in settings.parts and not differentiable(task):
+        out.append("gradients are compared on the way of temporal-difference, which needs none of the reward's")
+    if "rates" in frames:
+        out.append(_of_rates(frames["rates"]))
+    elif settings.pipeline is not None or settings.data != "digits":
+        out.append("learning rates are those that suit digits, not searched for here (--rates .1 1 10)")
+    if settings.seeds == 1:
+        out.append("one seed: no standard errors over seeds")
+    if "learning" in frames:
+        before = frames["learning"].query("iteration == 1").groupby("seed")["reward"].first()
+        out.append(f"before the first update: reward {before.mean():.3f}, the mean of {len(before)} batches of {settings.paths}; KL 0")
+    return out
 
 
-def _cell(row: pd.Series, name: str, digits: int, error: bool) -> str:
-    """3.21+-0.04; for what some runs never reached, with how many did."""
-    x = row.get(name, np.nan)
-    if not np.isfinite(x):
-        return "-"
-    out = f"{x:.{digits}f}" + (f"+-{row[name + '_sem']:.{digits}f}" if error and np.isfinite(row[name + "_sem"]) else "")
-    return out + (f" ({row['reached']:.0f}/{row['seeds']:.0f})" if name == "queries_to_share" and row["reached"] < row["seeds"] else "")
+def _of_optimum(settings: Compare, task: Task) -> str:
+    """J* and how far it can be trusted."""
+    best = task.yardstick
+    if best is None:
+        return "no J*, no regret, no ideal frontier: no reference samples of the pre-trained model (--reference-samples); methods stand by objective"
+    each = "" if task.prompts is None else f" (the least of {len(task.prompts)} prompts, {len(task.reference) // len(task.prompts)} samples each)"
+    line = f"J* = {best.objective:.3f} +- {best.objective_error:.3f} of {len(task.reference)} reference samples, ESS {best.ess:.0f}{each}"
+    low = f"; below an ESS of {TRUSTED_ESS} it tends to be too low, and with it every regret, by one number: the order of methods stands"
+    return line + (low if best.ess < TRUSTED_ESS else "")
 
 
-# ------------------------------------------------------------------------------------------- the figure
-
-# Okabe and Ito: distinguishable without colour vision; methods also differ by line and marker.
-STYLES: dict[str, dict[str, Any]] = {
-    name: {"color": colour, "ls": line, "marker": marker} for name, colour, line, marker in zip(
-        NAMES, ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999933"),
-        ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))), "os^DvPX*", strict=True)}
-BLUE, GREY = STYLES[NAMES[0]]["color"], "#666666"
-Panel = Callable[[Axes, dict[str, pd.DataFrame], float], None]
-
-
-def draw(frames: dict[str, pd.DataFrame], kl_weight: float) -> Figure:
-    """Regret, KL and judged share against reward queries; the frontier; transfer; signal-to-noise: of what is there."""
-    share = "judged_share" in frames.get("learning", ())
-    panels: list[tuple[str, Panel]] = [("learning", _curve("regret", "regret $J^* - J$ (reward units)")),
-                                       ("learning", _curve("kl_mean", "path KL (nats per image)"))]
-    panels += [("learning", _curve("judged_share", "judged share"))] if share else []
-    panels += [("ideal", _frontier), ("transfer", _transfer(*(("judged_share", "judged share") if share else ("reward", "reward")))),
-               ("transfer", _transfer("regret", "regret $J^* - J$ (reward units)")), ("snr", _snr)]
-    panels = [(name, panel) for name, panel in panels if name in frames]
-    columns = min(4, len(panels) + 1)
-    figure = Figure(figsize=(4.1 * columns, 3.5 * -(-(len(panels) + 1) // columns)), layout="constrained")
-    axes = figure.subplots(-(-(len(panels) + 1) // columns), columns, squeeze=False).ravel()
-    for axis, (_, panel) in zip(axes, panels, strict=False):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, lw=0.6)
-        panel(axis, frames, kl_weight)
-    for axis in axes[len(panels):]:
-        axis.set_axis_off()
-    shown = {method for frame in frames.values() if "method" in frame for method in frame["method"]}
-    lines = [Line2D([], [], label=name, lw=1.6, ms=5, **style) for name, style in STYLES.items() if name in shown]
-    axes[len(panels)].legend(handles=lines, title=f"kl_weight {kl_weight:g} unless said", loc="center", frameon=False, handlelength=5)
-    return figure
+def _of_rates(rates: pd.DataFrame) -> str:
+    """What the search found, and where it should go on."""
+    found = []
+    for method, rows in rates.groupby("method", sort=False):
+        rate = rows[rows["chosen"]]["learning_rate"].iloc[0]
+        end = "" if len(rows) == 1 else {rows["learning_rate"].max(): ", the largest", rows["learning_rate"].min(): ", the least"}.get(rate, "")
+        found.append(f"{method} {rate:g} (of {len(rows)}{end})")
+    queries = int((rates["queries"] * rates["seeds"]).groupby(rates["method"]).sum().max())
+    return f"learning rates by objective on seeds that no result uses, {queries} more reward queries a method: {'; '.join(found)}"
 
 
-def _curve(name: str, label: str) -> Panel:
-    """Means over seeds of running means over updates; bands from the least to the greatest seed."""
-    def panel(axis: Axes, frames: dict[str, pd.DataFrame], kl_weight: float) -> None:
-        at_weight = frames["learning"][frames["learning"]["kl_weight"] == kl_weight]
-        for method, rows in at_weight.groupby("method", sort=False):
-            runs = rows.pivot(index="queries", columns="seed", values=name).rolling(15, center=True, min_periods=1).mean()
-            axis.plot(runs.index, runs.mean(axis=1), lw=1.6, ms=4, markevery=max(1, len(runs) // 6), **STYLES[method])
-            axis.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=STYLES[method]["color"], alpha=0.15, lw=0)
-        if name != "judged_share":
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
-        axis.set_xlabel("terminal reward queries (images)")
-        axis.set_ylabel(label)
-        axis.set_title("training batches, smoothed; band: least to greatest seed", fontsize=8)
-    return panel
-
-
-def _frontier(axis: Axes, frames: dict[str, pd.DataFrame], kl_weight: float) -> None:
-    """Reward against KL of every kl_weight, under the curve that no model can cross, whose slope is kl_weight."""
-    ideal, runs = frames["ideal"], frames["runs"]
-    runs = runs[(runs["seed"] == runs["seed"].min()) & runs["method"].isin([name_of(method) for method in ALL if isinstance(method, ON_FRONTIER)])]
-    axis.plot(ideal["kl"], ideal["reward"], "--", color="black", lw=1.2, label="ideal, +- 2 s.e.")
-    low, high = (ideal["reward"] + z * ideal["reward_error"] for z in (-2, 2))
-    axis.fill_between(ideal["kl"], low, high, color="black", alpha=0.15, lw=0)
-    for method, rows in runs.sort_values("kl_weight").groupby("method", sort=False):
-        axis.plot(rows["kl_mean"], rows["reward"], lw=1, ms=5, **STYLES[method])
-    for _, best in ideal[ideal["kl_weight"].isin(runs["kl_weight"])].iterrows():
-        axis.plot(best["kl"], best["reward"], "o", color="black", ms=3)
-        axis.annotate(f"{best['kl_weight']:g}", (best["kl"], best["reward"]), (-3, 3), textcoords="offset points", ha="right", fontsize=7)
-    axis.set_xlabel("path KL (nats per image)")
-    axis.set_ylabel("reward")
-    axis.set_title("one point a kl_weight; the ideal's slope is kl_weight", fontsize=8)
-    axis.legend(loc="lower right", fontsize=7, frameon=False)
-
-
-def _transfer(name: str, label: str) -> Panel:
-    """One model under other samplers."""
-    def panel(axis: Axes, frames: dict[str, pd.DataFrame], kl_weight: float) -> None:
-        for (model, eta), rows in frames["transfer"].groupby(["model", "eta"], sort=False):
-            line, marker = {1.0: ("-", "o"), 0.5: ("-.", "s"), 0.0: (":", "^")}[eta]
-            axis.plot(rows["steps"], rows[name], ls=line, marker=marker, color=BLUE if model == "fine-tuned" else GREY, ms=4, lw=1.2,
-                      label=f"{model}, eta {eta:g}")
-        axis.set_xscale("log")
-        ticks = sorted(frames["transfer"]["steps"].unique())
-        axis.set_xticks(ticks, [str(n) for n in ticks])
-        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axis.set_xlabel("sampler steps N")
-        axis.set_ylabel(label)
-        axis.set_title("one model under other samplers", fontsize=8)
-        axis.legend(fontsize=7, frameon=False)
-    return panel
-
-
-def _snr(axis: Axes, frames: dict[str, pd.DataFrame], kl_weight: float) -> None:
-    """Measured on batches of each size, and the line n SNR(1) through the pooled estimates."""
-    for method, rows in frames["snr"].groupby("method", sort=False):
-        n, style = rows["paths"].to_numpy(), STYLES[method]
-        above = rows[rows["snr"] > 0]
-        low = np.minimum(above["snr_error"], 0.9 * above["snr"])
-        axis.errorbar(above["paths"], above["snr"], [low, above["snr_error"]], lw=0, elinewidth=0.8, ms=4,
-                      marker=style["marker"], color=style["color"])
-        one = float((n * rows["signal"]).sum() / n.sum() / (n * rows["noise"]).mean())
-        if one > 0:
-            axis.plot(n, n * one, lw=1.2, color=style["color"], ls=style["ls"])
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axis.set_xlabel("paths in a batch n")
-    axis.set_ylabel("SNR $|E g|^2 / (\\mathrm{tr}\\, \\mathrm{Cov}\\, g / n)$")
-    axis.set_title("gradient at one snapshot; lines: n SNR(1)", fontsize=8)
+def facts(settings: Compare, task: Task) -> dict[str, str]:
+    """Of the page."""
+    reward = settings.reward.function if isinstance(settings.reward, UserReward) else type(settings.reward).__name__
+    out = {"model": settings.pipeline or f"{settings.data}, pre-trained here", "reward": reward}
+    if task.prompts is not None:
+        out |= {"prompts": f"{len(task.prompts)}, in turn", "guidance": f"{settings.guidance:g}"}
+    out |= {"sampler": f"{settings.steps} steps, eta {settings.eta:g}", "batch": f"{settings.paths} images", "updates": f"{settings.iterations}",
+            "trained": f"a LoRA adapter of rank {settings.lora_rank}" if settings.lora_rank else "all parameters"}
+    made = environment("torch", "diffusers")
+    return out | {"versions": ", ".join(f"{name} {made['versions'][name]}" for name in ("scores-as-actions", "torch", "diffusers"))}

@@ -35,11 +35,13 @@ from torch import Tensor, nn
 from ctrl import check
 from ctrl.estimators import LeaveOneOut
 from ctrl.files import environment, writable, write_json
+from ctrl.noise import Noise
 from ctrl.torch.batch import Batch, Joined
 from ctrl.torch.chain import Run, rows, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
-from ctrl.torch.objectives import ClippedRatio, ScoreFunction
-from ctrl.torch.pipelines import DiffusersNetwork, save_tuned
+from ctrl.torch.methods import Method
+from ctrl.torch.objectives import ClippedRatio, Objective, ScoreFunction
+from ctrl.torch.pipelines import DiffusersNetwork, Prompts, save_tuned
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
 from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
 from ctrl.torch.prompts import PerPrompt, by_prompt
@@ -123,18 +125,22 @@ class Training:
         self.policy.to(accelerator.device)
         self.average = copy.deepcopy(self.policy)
         self.value: Value = (PlainValue(core) if settings.plain_value else Ansatz(core)).to(accelerator.device)
-        self.objective = settings.method.objective(self.value)
+        self.objective, self.statistics = self.asked_of(settings.method)
         self.grid = sampling_grid(task.problem.schedule, settings.steps)
-        self.statistics: PerPrompt | None = None
-        if task.prompts is not None and isinstance(self.objective, ScoreFunction) and isinstance(self.objective.baseline, LeaveOneOut):
-            self.statistics = PerPrompt(len(task.prompts), settings.steps).to(accelerator.device)
-            self.objective = replace(self.objective, baseline=self.statistics)
         self.optimiser = torch.optim.Adam(self.policy.trainable(), lr=1.0, betas=(0.9, 0.99))
         self.value_optimiser = torch.optim.Adam(self.value.parameters(), lr=1.0, betas=(0.9, 0.99))
         self.modules: dict[str, nn.Module] = {"policy": self.policy, "average": self.average}
         self.optimisers = {"optimiser": self.optimiser}
         if settings.method.learns_value:
             self.modules["value"], self.optimisers["value_optimiser"] = self.value, self.value_optimiser
+
+    def asked_of(self, method: Method) -> tuple[Objective, PerPrompt | None]:
+        """A method's objective with the value at hand; with statistics of the prompts, in the place of a baseline that does not know them."""
+        objective = method.objective(self.value)
+        if self.task.prompts is None or not (isinstance(objective, ScoreFunction) and isinstance(objective.baseline, LeaveOneOut)):
+            return objective, None
+        statistics = PerPrompt(len(self.task.prompts), self.settings.steps).to(self.accelerator.device)
+        return replace(objective, baseline=statistics), statistics
 
     def update(self) -> dict[str, Any]:
         """One batch of paths, `epochs` steps of Adam; returns the metrics of the batch, sampled before the steps."""
@@ -146,7 +152,7 @@ class Training:
         self.value_optimiser.param_groups[0]["lr"] = settings.method.value_learning_rate * max(shape, 0.1)
         losses, columns = self._step(batch, first=True)
         assert columns is not None
-        row: dict[str, Any] = {**_finite({**self._metrics(columns), **losses}), **self._by_prompt(columns, k)}
+        row: dict[str, Any] = {**_finite({**self._metrics(columns), **losses}), **self._by_prompt(columns)}
         later = [self._step(batch, first=False)[1] for _ in range(settings.method.epochs - 1)]
         row |= self._ratios([gone for gone in later if gone is not None])
         if self.statistics is not None:
@@ -157,10 +163,14 @@ class Training:
         return {"iteration": self.iteration, "queries": self.queries, **row, "seconds": time.perf_counter() - started}
 
     def _batch(self, k: int) -> Batch:
-        """This process's paths of update k, which know what couples them to all others."""
-        n, method, stored = self.settings.paths, self.settings.method, self.settings.trajectories == "stored"
+        """This process's paths of update k."""
+        n = self.settings.paths
         part = self._part(n)
-        noise, context = self.settings.noise(k, n)[part], rows(self.task.context(n, k * n), part)
+        return self.batch(self.settings.noise(k, n)[part], rows(self.task.context(n, k * n), part))
+
+    def batch(self, noise: Noise, context: Prompts | None) -> Batch:
+        """This process's paths of a batch, which know what couples them to all others."""
+        method, stored = self.settings.method, self.settings.trajectories == "stored"
         again = not stored and (method.epochs > 1 or method.learns_value)  # sampled again after a step, by the policy before it
         before = [p.detach().clone() for p in self.policy.trainable()] if again else None
 
@@ -252,23 +262,23 @@ class Training:
 
     @torch.no_grad()
     def _columns(self, run: Run) -> Tensor:
-        """Reward, objective, KL (nats), and what the judge sees where there is one, (n, 3 or 4)."""
+        """Reward, objective, KL (nats), what the judge sees where there is one, and the prompt where there are some, (n, 3 to 5)."""
         judged = self.task.judged(run.states[:, -1])
-        return torch.stack([run.reward, run.objective, run.kl] + ([] if judged is None else [judged.float()]), 1)
+        asked = [] if self.task.prompts is None else [run.prompt.float()]
+        return torch.stack([run.reward, run.objective, run.kl, *([] if judged is None else [judged.float()]), *asked], 1)
 
     def _metrics(self, columns: Tensor) -> dict[str, float]:
         """Of the whole batch: reward, objective, KL (nats), judged share."""
-        reward, objective, kl, *share = self.accelerator.gather(columns).T
+        reward, objective, kl, *more = self.accelerator.gather(columns).T
         row = {"reward": reward.mean(), "objective": objective.mean(), "kl_mean": kl.mean(), "kl_median": kl.median(), "kl_max": kl.max()}
-        return {name: float(x) for name, x in row.items()} | ({"judged_share": float(share[0].mean())} if share else {})
+        return {name: float(x) for name, x in row.items()} | ({} if self.task.judge is None else {"judged_share": float(more[0].mean())})
 
-    def _by_prompt(self, columns: Tensor, k: int) -> dict[str, Any]:
-        """Of the whole batch of update k, for each prompt: reward and KL (nats), with their standard deviations."""
-        n = self.settings.paths
-        if (asked := self.task.context(n, k * n)) is None:
+    def _by_prompt(self, columns: Tensor) -> dict[str, Any]:
+        """Of the whole batch, for each prompt: reward and KL (nats), with their standard deviations."""
+        if self.task.prompts is None:
             return {}
-        reward, _, kl, *_ = self.accelerator.gather(columns).cpu().T
-        return {"prompts": by_prompt(torch.as_tensor(asked.numbers).cpu(), reward=reward, kl=kl)}
+        reward, _, kl, *_, asked = self.accelerator.gather(columns).cpu().T
+        return {"prompts": by_prompt(asked.round().long(), reward=reward, kl=kl)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, besides `iteration`."""

@@ -251,6 +251,11 @@ class OfImages:
     reward: Callable[[Tensor, Any], Tensor]
     decode: Decoded
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether the images' own reward has a gradient, as far as it says."""
+        return getattr(self.reward, "differentiable", True)
+
     def __call__(self, states: Tensor, context: Any = None) -> Tensor:
         return self.reward(self.decode(states), list(context.texts) if isinstance(context, Prompts) else context)
 

@@ -194,8 +194,10 @@ class Settings:
 
     def made_quick(self) -> Self:
         """Smaller in everything, on one thread unless told; nothing that comes out means anything."""
+        asked = max(1, len(prompts_of(self.prompts, self.prompt_template)))
+        few = 256 // asked * asked if asked <= 128 else 0  # as many of each prompt
         return replace(self, iterations=min(self.iterations, 4), paths=min(self.paths, 16), steps=min(self.steps, 8), samples=64,
-                       reference_samples=min(self.reference_samples, 256), reference_steps=10, threads=self.threads or 1,
+                       reference_samples=min(self.reference_samples, few), reference_steps=10, threads=self.threads or 1,
                        pretraining=replace(self.pretraining, iterations=60, batch=128, width=64))
 
     @property
