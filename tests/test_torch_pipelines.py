@@ -394,6 +394,7 @@ def test_prompts_are_compared_with_earlier_updates_only(latent, tmp_path, monkey
         training.update()
     # the loss of both steps, and what is said of the second one's ratios
     assert seen == [[0] * 4] * 3 + [[1, 1, 1, 0]] * 3 and training.statistics.weight.tolist() == [2, 2, 1, 1]
+    assert training.asked_of(RewardWeighted()) == (ct.RewardWeighted(by_prompt=True), None)
 
 
 def test_statistics_of_prompts_are_kept(latent, tmp_path):

@@ -163,6 +163,25 @@ def test_variance_falls_where_prompts_differ():
     assert (fresh / whole, later / whole) == pytest.approx((0.703, 0.310), abs=1e-3)
 
 
+def test_weights_of_each_prompt():
+    """A batch's gradient is that of every prompt's own regression; a constant in a prompt's reward moves nothing. Over all paths it does."""
+    prompts, form, plain = [0, 1, 0, 2, 1, 0], ct.RewardWeighted(by_prompt=True), ct.RewardWeighted()
+    run = sampled(ctrl.Noise(3, len(prompts)), prompts)
+
+    def gradient(objective, part):
+        return torch.autograd.grad(objective.loss(part).sum(), run.policy.trainable(), retain_graph=True)
+
+    own = [[k for k, c in enumerate(prompts) if c == number] for number in range(3)]
+    alone = [gradient(plain, run[at]) for at in own]  # each prompt as a batch of its own
+    for g, *parts in zip(gradient(form, run), *alone, strict=True):
+        assert torch.allclose(g, sum(parts), rtol=1e-12, atol=0)
+    weight = form.weight(run)
+    assert weight[3] == 1 and torch.allclose(torch.stack([weight[at].mean() for at in own]), torch.ones(3, dtype=torch.float64), rtol=1e-14)
+    dearer = replace(run, reward=run.reward + torch.tensor(OFFSETS, dtype=torch.float64)[prompts])
+    assert torch.allclose(form.weight(dearer), weight, rtol=1e-12)
+    assert not torch.allclose(plain.weight(dearer), plain.weight(run), rtol=0.1)  # planted: easy prompts take the others' weight
+
+
 def test_what_needs_prompts_says_so():
     problem, policy = line()
     objective, noise = ct.estimator(ct.ScoreFunction(statistics(2))), ctrl.Noise(0, 4)

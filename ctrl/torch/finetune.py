@@ -40,7 +40,7 @@ from ctrl.torch.batch import Batch, Joined
 from ctrl.torch.chain import Run, rows, sample, simulate
 from ctrl.torch.networks import ConvValueNetwork, Denoiser, UNetDenoiser, ValueNetwork
 from ctrl.torch.methods import Method
-from ctrl.torch.objectives import ClippedRatio, Objective, ScoreFunction
+from ctrl.torch.objectives import ClippedRatio, Objective, RewardWeighted, ScoreFunction
 from ctrl.torch.pipelines import DiffusersNetwork, Prompts, save_tuned
 from ctrl.torch.policy import NetworkPolicy, Policy, PredictsClean, WithoutAdapter
 from ctrl.torch.pretrain import follow, load_denoiser, sampling_grid, save_denoiser
@@ -135,8 +135,10 @@ class Training:
             self.modules["value"], self.optimisers["value_optimiser"] = self.value, self.value_optimiser
 
     def asked_of(self, method: Method) -> tuple[Objective, PerPrompt | None]:
-        """A method's objective with the value at hand; with statistics of the prompts, in the place of a baseline that does not know them."""
+        """A method's objective with the value at hand; where there are prompts, with weights or a baseline of each."""
         objective = method.objective(self.value)
+        if self.task.prompts is not None and isinstance(objective, RewardWeighted):
+            return replace(objective, by_prompt=True), None
         if self.task.prompts is None or not (isinstance(objective, ScoreFunction) and isinstance(objective.baseline, LeaveOneOut)):
             return objective, None
         statistics = PerPrompt(len(self.task.prompts), self.settings.steps).to(self.accelerator.device)

@@ -288,17 +288,22 @@ class RewardWeighted(Objective):
 
         loss = -w sum_i log p_theta(X_{i+1}|X_i),      w = n e^{r/lambda - k1} / sum e^{r/lambda - k1}
 
+    by_prompt : sum and n over the paths of the same prompt, whose tilted laws have a constant each: over all paths, a prompt would weigh as much
+                as its constant. A prompt's only path has w = 1
     anchored : the weights of the tilted path law P_pre e^{r/lambda} (its optimum is theirs); False drops k1, as published: the
                model then chases e^{r/lambda} without end, away from the pre-trained one
     Not grad J; self-normalised over the joined batch; needs kl_weight > 0.
     Source: Peters and Schaal (2007); Lee et al. (2302.12192); theory.md, section 9.
-    Checked: tests/test_torch_objectives.py::test_reward_weighted_points_to_the_tilt
+    Checked: tests/test_torch_objectives.py::test_reward_weighted_points_to_the_tilt, tests/test_torch_prompts.py::test_weights_of_each_prompt
     """
 
     anchored: bool = True
+    by_prompt: bool = False
 
     @property
     def coupling(self) -> Callable[[Run], Tensor] | None:
+        if self.by_prompt:
+            return lambda run: with_prompt(run, self.logits(run)[:, None])
         return self.logits
 
     def logits(self, run: Run) -> Tensor:
@@ -308,7 +313,14 @@ class RewardWeighted(Objective):
         return run.final / run.problem.kl_weight - (run.k1.sum(1) if self.anchored else 0.0)
 
     def loss(self, run: Run) -> Tensor:
+        return -self.weight(run) * run.log_ratio.sum(1)
+
+    def weight(self, run: Run) -> Tensor:
+        """w of each path, (n,), a number."""
         logits = self.logits(run)
-        everyone = run.joined(logits)
-        weight = len(everyone) * (logits - everyone.logsumexp(0)).exp()
-        return -weight * run.log_ratio.sum(1)
+        assert self.coupling is not None
+        everyone = run.joined(self.coupling(run))
+        if not self.by_prompt:
+            return len(everyone) * (logits - everyone.logsumexp(0)).exp()
+        same = run.prompt[:, None] == everyone[:, 1].round()
+        return same.sum(1) * (logits - torch.where(same, everyone[:, 0], -torch.inf).logsumexp(1)).exp()
