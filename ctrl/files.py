@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from base64 import b64encode
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,11 @@ def write_text(path: Path, content: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
+
+
+def embedded(png: bytes) -> str:
+    """A PNG as a data URI."""
+    return "data:image/png;base64," + b64encode(png).decode()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,7 +8,6 @@ import io
 import math
 import re
 import time
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ctrl.evidence import FALSE_ALARM, MISS
-from ctrl.files import write_text
+from ctrl.files import embedded, write_text
 from ctrl.theorems import style
 from ctrl.theorems.verdict import Theorem, Verdict
 
@@ -142,11 +141,6 @@ def formula(source: str) -> Any:
     left, top, width, height = min(x) - 4, min(y) - 4, max(x) - min(x) + 8, max(y) - min(y) + 8
     return Markup('<svg class="formula" role="img" aria-label="{}" style="--w:{}em" viewBox="{} {} {} {}"><path d="{}"/></svg>').format(
         source, f"{width / em:.2f}", left, top, width, height, "".join(parts))
-
-
-def embedded(png: bytes) -> str:
-    """A PNG as a data URI."""
-    return "data:image/png;base64," + b64encode(png).decode()
 
 
 def resolutions(rows: Sequence[Verdict]) -> bytes:

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ctrl.files import embedded
 from ctrl.torch.methods import ALL, AdjointMatching, Method, Pathwise, ScoreFunction, TemporalDifference, ValueGradient
 
 ON_FRONTIER = (ValueGradient, Pathwise, AdjointMatching, TemporalDifference, ScoreFunction)
@@ -251,8 +252,6 @@ def page(frames: dict[str, pd.DataFrame], kl_weight: float, notes: Sequence[str]
     Source: theory.md, section 15.   Checked: tests/test_torch_compare.py::test_page_shows_the_table
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from ctrl.report import embedded
 
     rows, png = summary(frames["runs"], kl_weight), BytesIO()
     figure.savefig(png, dpi=150)
