@@ -30,7 +30,7 @@ from ctrl.schedule import DiscreteVP, TimeGrid
 from ctrl.torch import compare, pictures, rewards
 from ctrl.torch.finetune import Alone, Finetune, Training, finetune
 from ctrl.torch.chain import step
-from ctrl.torch.methods import ALL, PPO, Pathwise, ScoreFunction
+from ctrl.torch.methods import ALL, PPO, Pathwise, RewardWeighted, ScoreFunction
 from ctrl.torch.pipelines import DiffusersUNet, OfImages, Pretrained, Prompts, prompts_of
 from ctrl.torch.policy import NetworkPolicy, PredictsNoise, Times, denoised
 from ctrl.torch.pretrain import sampling_grid
@@ -394,7 +394,7 @@ def test_prompts_are_compared_with_earlier_updates_only(latent, tmp_path, monkey
         training.update()
     # the loss of both steps, and what is said of the second one's ratios
     assert seen == [[0] * 4] * 3 + [[1, 1, 1, 0]] * 3 and training.statistics.weight.tolist() == [2, 2, 1, 1]
-    assert training.asked_of(RewardWeighted()) == (ct.RewardWeighted(by_prompt=True), None)
+    assert training.asked_of(RewardWeighted())[0].by_prompt
 
 
 def test_statistics_of_prompts_are_kept(latent, tmp_path):
