@@ -50,9 +50,8 @@ def latent(settings, device=CPU, channels=(8, 16), side=8):
     return Task(None, problem, base, None, None, torch.empty(0, *shape), prompts, decode, settings.most or settings.paths)
 
 
-def measured(task, settings, work):
+def measured(trial, work):
     """Bytes at the peak of some work of a training in its stride, and those between updates."""
-    trial = p.Trial(task, settings, CPU)
     gc.collect()
     with p.Meter(CPU, trial.held()) as trial.meter:
         work(trial)
@@ -81,15 +80,16 @@ def test_prediction_is_what_is_measured(cache, model, method, changed):
     settings = replace(model, method=method, cache=cache, lora_targets=("to_q", "to_v"), **changed)
     task = latent(settings) if model is TINY else outline(settings)
     sizes, trial = p.sizes_of(settings), p.Trial(task, settings, CPU)
-    real, weights = measured(task, settings, lambda trial: trial.update(sizes))
-    assert holds(trial.phase("updates", sizes, trial.update).peak, real, weights)
+    real, weights = measured(trial, lambda trial: trial.update(sizes))
+    found = trial.phase("updates", sizes, trial.update)
+    assert holds(found.peak, real, weights)
 
     def watched(trial):
         trial.training.watched = True
         trial.update(sizes)
 
-    real, weights = measured(task, settings, watched)
-    assert trial.updates().peak == pytest.approx(real, rel=0.05)  # with the halves of its gradient, what a run does
+    real, weights = measured(trial, watched)
+    assert trial.with_halves(found).peak == pytest.approx(real, rel=0.05)  # with the halves of its gradient, what a run does
 
 
 def test_later_epochs_and_plain_values(cache):
@@ -97,8 +97,8 @@ def test_later_epochs_and_plain_values(cache):
     for changed in ({"method": PPO(), "trajectories": "seeds", "micro_batch": 8}, {"method": ValueGradient(value_updates=1), "plain_value": True}):
         settings = replace(MLP, cache=cache, **changed)
         task = outline(settings)
-        real, weights = measured(task, settings, lambda trial, settings=settings: trial.update(p.sizes_of(settings)))
         trial = p.Trial(task, settings, CPU)
+        real, weights = measured(trial, lambda trial, settings=settings: trial.update(p.sizes_of(settings)))
         assert holds(trial.phase("updates", p.sizes_of(settings), trial.update).peak, real, weights)
 
 
@@ -113,8 +113,9 @@ def test_evaluation_and_reference(cache, model):
         watched = replace(trial.training.problem, reward=lambda x, c: sizes.append(len(x)) or trial.training.problem.reward(x, c))
         simulate(watched, trial.training.average, grid, settings.noise(0, 100), task.context(100), most=task.most)
 
-    real, weights = measured(task, settings, evaluate)
-    assert holds(p.Trial(task, settings, CPU).evaluation().peak, real, weights) and max(sizes) == (100 if model == "perceptron" else 6)
+    trial = p.Trial(task, settings, CPU)
+    real, weights = measured(trial, evaluate)
+    assert holds(trial.evaluation().peak, real, weights) and max(sizes) == (100 if model == "perceptron" else 6)
     problem, count = task.memoryless, 40 if model == "perceptron" else 6
     with p.Meter(CPU, (*task.base.parameters(), *task.base.buffers())) as meter:
         simulate(problem, problem.pretrained, sampling_grid(problem.schedule, 5), settings.noise(0, count), task.context(count))
@@ -125,8 +126,8 @@ def test_one_number_for_the_peak_is_not_enough(cache):
     """Planted: the peaks of the same trials, extrapolated, instead of every operation; another one is the largest at other sizes."""
     settings = replace(MLP, cache=cache, pretraining=Pretraining(width=256, depth=2))
     task, sizes = outline(settings), p.sizes_of(settings)
-    real, weights = measured(task, settings, lambda trial: trial.update(sizes))
     trial, lines = p.Trial(task, settings, CPU), []
+    real, weights = measured(trial, lambda trial: trial.update(sizes))
     for few in p.TRIALS[False, False]:
         gc.collect()
         with p.Meter(CPU, trial.held()) as trial.meter:
@@ -197,11 +198,15 @@ class Counted(rewards.Brightness):
         return super().value(images, context)
 
 
+def brief(folder, **changes):
+    return replace(MLP, paths=6, iterations=2, samples=8, reference_samples=10, reference_steps=3, out=folder / "out", cache=folder / "cache",
+                   pretraining=Pretraining(iterations=2, batch=8, width=16), **changes)
+
+
 @pytest.mark.parametrize("method", [ScoreFunction(), ValueGradient(value_updates=2), Pathwise()], ids=lambda method: type(method).__name__)
 def test_queries_are_those_of_a_run(tmp_path, method, monkeypatch, capsys):
     """The plan's own, of updates, evaluation and yardstick: to the last image, with states through the networks; and the run prints its plan."""
-    settings = replace(MLP, reward=Counted(), method=method, paths=6, iterations=2, samples=8, reference_samples=10, reference_steps=3,
-                       out=tmp_path / "out", cache=tmp_path / "cache", pretraining=Pretraining(iterations=2, batch=8, width=16))
+    settings = brief(tmp_path, reward=Counted(), method=method)
     planned, plans = [], p.plan
     monkeypatch.setattr(p, "plan", lambda *given: planned.append(plans(*given)) or planned[-1])
     passed, forward = [], NetworkPolicy.forward
@@ -215,17 +220,22 @@ def test_queries_are_those_of_a_run(tmp_path, method, monkeypatch, capsys):
     assert sum(passed) == planned[0].forwards + trials
     printed = capsys.readouterr().out
     assert "plan: peak memory" in printed and f"{asked.updates:,}" in printed and "reward queries" in printed
-    (settings.out / "summary.json").unlink()
-    for changed in ({"resume": True}, {"no_plan": True, "out": tmp_path / "other"}):
-        f.finetune(replace(settings, **changed))
-        assert "plan:" not in capsys.readouterr().out and len(planned) == 1
 
+
+def test_runs_without_a_plan(tmp_path, monkeypatch, capsys):
+    """Where it is not wanted, where a run goes on, and where it does not fit: which stops no run."""
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(p, "plan", full)
-    f.finetune(replace(settings, out=tmp_path / "tight"))
-    assert "plan: none, as updates of two or three paths" in capsys.readouterr().out and (tmp_path / "tight" / "summary.json").exists()
+    settings = brief(tmp_path)
+    tight = {"out": tmp_path / "tight"}
+    for changed, said in (({"no_plan": True}, ""), ({"resume": True}, ""), (tight, "plan: none, as updates of two or three paths")):
+        (settings.out / "summary.json").unlink(missing_ok=True)
+        run = replace(settings, **changed)
+        f.finetune(run)
+        printed = capsys.readouterr().out
+        assert said in printed and ("plan:" in printed) == bool(said) and (run.out / "summary.json").exists()
 
 
 def test_words():

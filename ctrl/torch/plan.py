@@ -282,13 +282,18 @@ class Trial:
         return fitted(name, sizes, trials, timelines)
 
     def updates(self, processes: int = 1) -> Phase:
-        """All of an update: sampling, gradients, steps; and what its gradient's two halves hold beside (see `watch.Halves`).
+        """All of an update: sampling, gradients, steps."""
+        sizes = sizes_of(self.settings, processes)
+        return self.with_halves(self.phase("updates", sizes, self.update))
 
-        That is a leaf where gradients stop, and the first half's gradient: while pieces of the second pass, while parts do that find some of the
-        second's there, or in one pass beside the second half's activations. Of several processes some have but one half, and hold less.
+    def with_halves(self, found: Phase) -> Phase:
+        """An update that also says its gradient's signal and noise, from two halves (see `watch.Halves`).
+
+        Beside the rest it holds a leaf where gradients stop, and the first half's gradient: while pieces of the second pass, while parts do that
+        find some of the second's there, or in one pass beside the second half's activations. Of several processes some have but one half, and
+        hold less.
         """
-        n, k, m = sizes_of(self.settings, processes)
-        found = self.phase("updates", (n, k, m), self.update)
+        n, k, m = found.sizes
         leaf, first = 4 * self.settings.steps * self.task.problem.dim, _bytes(self.training.policy.trainable())
         found = replace(found, per_path=found.per_path + leaf) if k == n else replace(found, per_held=found.per_held + leaf)
         if m == n:
