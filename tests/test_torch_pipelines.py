@@ -30,7 +30,7 @@ from ctrl.schedule import DiscreteVP, TimeGrid
 from ctrl.torch import compare, pictures, rewards
 from ctrl.torch.finetune import Alone, Finetune, Training, finetune
 from ctrl.torch.chain import step
-from ctrl.torch.methods import ALL, PPO, Pathwise, RewardWeighted, ScoreFunction
+from ctrl.torch.methods import ALL, PPO, Pathwise, RewardWeighted, ScoreFunction, ValueGradient
 from ctrl.torch.pipelines import DiffusersUNet, OfImages, Pretrained, Prompts, prompts_of
 from ctrl.torch.policy import NetworkPolicy, PredictsNoise, Times, denoised
 from ctrl.torch.pretrain import sampling_grid
@@ -587,7 +587,7 @@ def test_ideal_frontier_is_that_of_each_prompt(compared):
         assert abs(row["reward"] - yardstick(r, row["kl_weight"]).reward) > 1e-3  # planted: all samples together
 
 
-def test_compared_gradients_see_the_prompts(compared):
+def test_compared_gradients_see_the_prompts(compared, monkeypatch):
     """The gradient of a batch is that of the loss on paths of the prompts in turn, with a baseline for each; without prompts it is another."""
     settings, _ = compared
     training = Training(prepare(settings), settings.single(ScoreFunction(), 0, 0.1), Alone(torch.device("cpu")))
@@ -605,6 +605,10 @@ def test_compared_gradients_see_the_prompts(compared):
     assert (found - by_hand(training.objective, own)).norm() < 1e-4 * found.norm()
     for wrong in (by_hand(training.objective, turned), by_hand(ScoreFunction().objective(training.value), own)):
         assert (found - wrong).norm() > 1e-2 * found.norm()
+    seen, draw = [], torch.Generator().manual_seed(0)
+    monkeypatch.setattr(compare, "batch_gradient", lambda training, noise, context: seen.append(context.texts) or torch.randn(3, generator=draw))
+    compare.SignalToNoise(Pathwise(), compare.Snapshot(0, ValueGradient())).compute(settings, training.task)
+    assert seen == [("cat", "dog")] * 3 + [("cat", "dog", "cat", "dog")] * 3
 
 
 @pytest.mark.parametrize(("paths", "seen"), [(4, "rewards of the first paths"), (3, "prompts of update 1")])

@@ -294,12 +294,12 @@ class Trial:
         hold less.
         """
         n, k, m = found.sizes
-        leaf, first = 4 * self.settings.steps * self.task.problem.dim, _bytes(self.training.policy.trainable())
+        leaf, first = 4 * self.settings.steps * self.task.problem.dim, float(_bytes(self.training.policy.trainable()))
         found = replace(found, per_path=found.per_path + leaf) if k == n else replace(found, per_held=found.per_held + leaf)
         if m == n:
-            first = max(0, first - found.per_path * n / 2)
+            first = max(0.0, first - found.per_path * n / 2)
         elif k < n and -(-n // k) - n // 2 // k < 2:  # parts with paths of the second half
-            first = 0
+            first = 0.0
         return replace(found, fixed=found.fixed + first)
 
     def update(self, sizes: Sizes) -> None:
