@@ -60,8 +60,8 @@ class Problem:
         return self.schedule.horizon
 
     def grid(self, steps: int) -> TimeGrid:
-        """A uniform grid of `steps` steps on [0, T]."""
-        return TimeGrid.uniform(steps, self.horizon)
+        """A uniform grid of `steps` steps on [0, T]; one object for equal numbers, so that what is cached by grid is found again."""
+        return _uniform(check.integer("steps", steps, at_least=1), self.horizon)
 
     def marginal(self, t: float) -> Law:
         """The noised data law p_{T-t} at generation time t in [0, T]."""
@@ -92,6 +92,16 @@ class Problem:
         if self.start == "exact":
             return self.marginal(0.0)
         return Gaussian(np.zeros(self.dim), self.schedule.prior_variance * np.eye(self.dim))
+
+    def mean_and_departure(self, policy: Policy, grid: TimeGrid, i: int, x: Array) -> tuple[Array, Array]:
+        """mu(t_i, x) and mu - s, (n, d) each; a mixture's score that both are made of is computed once."""
+        t = float(grid.times[i])
+        parts, score = policy.parts(grid), self.score(t, x)
+        if parts is not None and parts.laws is not None and parts.laws[i] is self.marginal(t):
+            gap = x @ parts.K[i].T + parts.k[i]
+            return score + gap, gap
+        a = policy.mean(grid, i, x)
+        return a, a - score
 
     def initial(self, noise: StartNoise) -> Array:
         """X_0, (n, d), as a pure function of the noise."""
@@ -151,7 +161,12 @@ class Problem:
         return lowest
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
+def _uniform(steps: int, horizon: float) -> TimeGrid:
+    return TimeGrid.uniform(steps, horizon)
+
+
+@lru_cache(maxsize=256)
 def _coefficients(schedule: Schedule, grid: TimeGrid, eta: float, discount: float) -> Coefficients:
     return schedule.coefficients(grid, eta, discount)
 

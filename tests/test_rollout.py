@@ -156,6 +156,18 @@ def test_chain_is_its_specification(name):
     assert single.terminal.dtype == np.float32
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_actions_follow_from_states_and_noise(name):
+    problem, make, exploration = CASES[name]
+    policy, noise = make(problem, exploration), Noise(3, 600)
+    whole, without = simulate(problem, policy, GRID, noise, trajectory=True), trajectories(problem, policy, GRID, noise)
+    assert without.actions is None and np.array_equal(without.states, whole.states)
+    assert np.array_equal(actions(policy, GRID, noise, without.states), whole.actions)
+    score = np.stack([problem.score(float(t), x) for t, x in zip(GRID.times, whole.states.swapaxes(0, 1), strict=False)], axis=1)
+    for paths in (whole, without):
+        assert close(Run(problem, policy, GRID, noise, paths).departure, whole.actions - score, 1e-12)
+
+
 @pytest.mark.parametrize("dim", [1, 3, 5, 9])
 @pytest.mark.parametrize("components", [0, 3])
 def test_every_dimension(dim, components):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ FEWEST, MOST = 551, 16001  # points of a lattice, when chosen here
 EDGE_DENSITY = 1e-20  # of the peak
 ALIASING = 1e-6  # what half of the nodes may miss, so that all of them miss about 1e-12
 LARGE = 4_000_000  # weights: below, waking other threads costs more than it saves
+SMOOTH, ROUGH = 1e-11, 1e-8  # what half of the nodes may miss of E r, relative: as it should be, and where a warning says so
 BLOCKS = 16  # of sources in the forward kernel: fixed, so that sums do not depend on the number of threads
 
 
@@ -237,9 +238,8 @@ def _propagated(chain: LineChain, lattice: _Lattice, reach: float = REACH) -> _S
     aliasing = 0.0
     density[0] = chain.start_density(lattice.nodes(0))
     for i in range(steps):
-        x, mass = lattice.nodes(i), density[i] * lattice.dx[i]
-        a = chain.action(i, x)
-        centre[i], gap[i] = chain.moved(i, x, a), a - chain.score(i, x)
+        mass = density[i] * lattice.dx[i]
+        centre[i], gap[i] = chain.step(i, lattice.nodes(i))
         s, low, dx = chain.s[i], lattice.low[i + 1], lattice.dx[i + 1]
         even, odd = (_spread(mass[j::2], centre[i, j::2], s, low, dx, n, reach) for j in (0, 1))
         density[i + 1] = even + odd
@@ -296,21 +296,32 @@ def _solve(chain: LineChain, points: int | None, hull: tuple[Array, Array] | Non
 
 
 def _smooth(solution: _Solution, points: int | None) -> _Solution:
-    """Refined until the reward is smooth on the lattice; a warning where it never is."""
-    while (rough := _roughness(solution)) > 1e-11:
+    """Refined until the reward is smooth on the lattice, or points run out."""
+    while _roughness(solution) > SMOOTH:
         lattice = solution.lattice
         finer = 2 * lattice.n - 1
         if points is not None or finer > MOST:
-            if rough > 1e-8:
-                warnings.warn(f"reward: not smooth on {lattice.n} points; expectations are off by up to {rough:.1g}, "
-                              "relative", RuntimeWarning, stacklevel=4)
             break
         solution = _propagated(solution.chain, _Lattice(lattice.low, lattice.dx / 2, finer))
     return solution
 
 
+def _said(solution: _Solution) -> _Solution:
+    """The solution, with a warning where the reward is not smooth on its lattice."""
+    if (rough := _roughness(solution)) > ROUGH:
+        warnings.warn(f"reward: not smooth on {solution.lattice.n} points; expectations are off by up to {rough:.1g}, relative",
+                      RuntimeWarning, stacklevel=4)
+    return solution
+
+
 def _with_room(chain: LineChain, points: int | None) -> _Solution:
     """Solved on a lattice that also covers the pre-trained chain, and can be trusted within 6 standard deviations."""
+    return _said(_roomy(chain, None if points is None else check.integer("points", points, at_least=3)))
+
+
+@lru_cache(maxsize=4)
+def _roomy(chain: LineChain, points: int | None) -> _Solution:
+    """Cached by identity: truth, value and marginals of a chain are asked for one after the other."""
     solution = _solve(chain, points, hull=chain.pretrained.edges(WIDTH))
     lattice, p = solution.lattice, solution.density * solution.lattice.dx[:, None]
     x = np.stack([lattice.nodes(i) for i in range(chain.grid.steps + 1)])
@@ -460,7 +471,7 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
     require_doob(problem)
     width, last = WIDTH, np.inf
     for _ in range(8):
-        out = _doob_on(chain, _smooth(_solve(chain, None, width=width), None))
+        out = _doob_on(chain, _said(_smooth(_solve(chain, None, width=width), None)))
         if abs(out.objective - last) <= 1e-12 * max(1.0, abs(out.objective)):
             return out
         width, last = 1.25 * width, out.objective
@@ -546,9 +557,9 @@ class _KernelValue(Value):
             return chain.problem.reward.value(x)
         y = np.ascontiguousarray(x[:, 0])
         self.solution.lattice.require(i, y)
-        a = chain.action(i, y)
-        plain, _ = self._step(i, chain.moved(i, y, a), chain.s[i])
-        return chain.decay(i) * plain + chain.bonus[i] - chain.cost(i, a - chain.score(i, y))
+        centre, gap = chain.step(i, y)
+        plain, _ = self._step(i, centre, chain.s[i])
+        return chain.decay(i) * plain + chain.bonus[i] - chain.cost(i, gap)
 
     def gradient(self, i: int, x: Array) -> Array:
         x, chain = check.points("x", x, 1), self.solution.chain
@@ -556,9 +567,9 @@ class _KernelValue(Value):
             return chain.problem.reward.gradient(x)
         y = np.ascontiguousarray(x[:, 0])
         self.solution.lattice.require(i, y)
-        a, (dm, dgap) = chain.action(i, y), chain.slopes(i, y)
-        _, moment = self._step(i, chain.moved(i, y, a), chain.s[i])
-        push = 2 * chain.problem.kl_weight * chain.c.kappa[i] * chain.c.dt[i] * dgap * (a - chain.score(i, y))
+        (centre, gap), (dm, dgap) = chain.step(i, y), chain.slopes(i, y)
+        _, moment = self._step(i, centre, chain.s[i])
+        push = 2 * chain.problem.kl_weight * chain.c.kappa[i] * chain.c.dt[i] * dgap * gap
         return (chain.decay(i) * dm * moment / chain.s[i] - push)[:, None]
 
     def action_value(self, i: int, x: Array, a: Array) -> Array:
