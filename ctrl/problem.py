@@ -65,10 +65,13 @@ class Problem:
 
     def marginal(self, t: float) -> Law:
         """The noised data law p_{T-t} at generation time t in [0, T]."""
+        return noised_law(self.schedule, self.data, self._within(t))
+
+    def _within(self, t: float) -> float:
         t = float(t)
         if not 0 <= t <= self.horizon * (1 + 1e-12):  # also refuses NaN
             raise ValueError(f"t: expected a generation time in [0, {self.horizon:g}], got {t:g}")
-        return noised_law(self.schedule, self.data, t)
+        return t
 
     def score(self, t: float, x: ArrayLike) -> Array:
         """The pre-trained action s(t, x) = grad log p_{T-t}(x), (n, d) -> (n, d)."""
@@ -76,10 +79,9 @@ class Problem:
 
     def affine_score(self, t: float) -> tuple[Array, Array]:
         """(K_pre, k_pre) with s(t, x) = K_pre x + k_pre; Gaussian data only."""
-        law = self.marginal(t)
-        if not isinstance(law, Gaussian):
+        if not isinstance(self.data, Gaussian):
             raise ValueError("problem: expected Gaussian data (an affine score), got a mixture")
-        return law.affine_score
+        return _affine_score(self.schedule, self.data, self._within(t))
 
     def pretrained(self, grid: TimeGrid) -> AffinePolicy | MixturePolicy:
         """The pre-trained policy mu = s: affine per step for Gaussian data, the data's own mixture otherwise."""
@@ -171,6 +173,17 @@ def _coefficients(schedule: Schedule, grid: TimeGrid, eta: float, discount: floa
     return schedule.coefficients(grid, eta, discount)
 
 
+@lru_cache(maxsize=4096)
+def _affine_score(schedule: Schedule, data: Gaussian, t: float) -> tuple[Array, Array]:
+    """Read-only; without the law itself, of which an ODE would make one at every time that it looks at."""
+    tau, (variance, axes) = schedule.tau(t), data.principal
+    alpha = schedule.alpha(tau)
+    K = (axes / (-(alpha**2) * variance - schedule.v(tau))) @ axes.T
+    k = -alpha * (K @ data.mean)
+    K.flags.writeable = k.flags.writeable = False
+    return K, k
+
+
 @overload
 def _pretrained(schedule: Schedule, data: Gaussian, grid: TimeGrid) -> AffinePolicy: ...
 @overload
@@ -180,7 +193,7 @@ def _pretrained(schedule: Schedule, data: Law, grid: TimeGrid) -> AffinePolicy |
     if isinstance(data, GaussianMixture):
         return MixturePolicy(schedule, data)
     alpha, v = (np.array(c) for c in zip(*((schedule.alpha(tau), schedule.v(tau)) for tau in map(schedule.tau, grid.times[:-1])), strict=True))
-    variance, axes = np.linalg.eigh(data.cov)
+    variance, axes = data.principal
     precision = (axes / (alpha[:, None] ** 2 * variance + v[:, None])[:, None, :]) @ axes.T
     precision = 0.5 * (precision + precision.swapaxes(1, 2))
     return AffinePolicy(K=-precision, k=alpha[:, None] * (precision @ data.mean))
