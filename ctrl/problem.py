@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ctrl import check
 from ctrl.check import Array
 from ctrl.laws import Gaussian, GaussianMixture, Law, StartNoise, noised_law
-from ctrl.policy import AffinePolicy, CallablePolicy, MixturePolicy, Policy
+from ctrl.policy import AffinePolicy, CallablePolicy, MixturePolicy, Parts, Policy
 from ctrl.reward import Reward
 from ctrl.schedule import Coefficients, Schedule, TimeGrid
 
@@ -95,10 +95,10 @@ class Problem:
             return self.marginal(0.0)
         return Gaussian(np.zeros(self.dim), self.schedule.prior_variance * np.eye(self.dim))
 
-    def mean_and_departure(self, policy: Policy, grid: TimeGrid, i: int, x: Array) -> tuple[Array, Array]:
-        """mu(t_i, x) and mu - s, (n, d) each; a mixture's score that both are made of is computed once."""
+    def mean_and_departure(self, policy: Policy, parts: Parts | None, grid: TimeGrid, i: int, x: Array) -> tuple[Array, Array]:
+        """mu(t_i, x) and mu - s, (n, d) each, given policy.parts(grid); a mixture's score that both are made of is computed once."""
         t = float(grid.times[i])
-        parts, score = policy.parts(grid), self.score(t, x)
+        score = self.score(t, x)
         if parts is not None and parts.laws is not None and parts.laws[i] is self.marginal(t):
             gap = x @ parts.K[i].T + parts.k[i]
             return score + gap, gap

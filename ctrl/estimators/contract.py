@@ -181,8 +181,8 @@ class Run:
     def departure(self) -> Array:
         """a_i - s_i; of mean actions, which are mu_i(X_i), without the actions."""
         if self.behaviour.exploration is None:
-            gaps = [self.problem.mean_and_departure(self.behaviour, self.grid, i, x)[1] for i, x in enumerate(self.left)]
-            return np.stack(gaps, axis=1)
+            parts = self.behaviour.parts(self.grid)
+            return np.stack([self.problem.mean_and_departure(self.behaviour, parts, self.grid, i, x)[1] for i, x in enumerate(self.left)], axis=1)
         return self.actions - np.stack([self.problem.score(float(t), x) for t, x in zip(self.grid.times, self.left, strict=False)], axis=1)
 
     @cached_property

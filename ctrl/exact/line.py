@@ -15,7 +15,7 @@ import numpy as np
 from ctrl.check import Array
 from ctrl.exact.truth import ExactGradient, Terminal, Truth
 from ctrl.laws import Gaussian, Law
-from ctrl.policy import AffinePolicy, Policy
+from ctrl.policy import AffinePolicy, Parts, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import Coefficients, TimeGrid
 
@@ -29,6 +29,10 @@ class LineChain:
     problem: Problem
     policy: Policy
     grid: TimeGrid
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        return self.policy.parts(self.grid)
 
     @cached_property
     def c(self) -> Coefficients:
@@ -78,7 +82,7 @@ class LineChain:
 
     def step(self, i: int, x: Array) -> tuple[Array, Array]:
         """m_i(x) and mu - s, (n,) each."""
-        a, gap = self.problem.mean_and_departure(self.policy, self.grid, i, x[:, None])
+        a, gap = self.problem.mean_and_departure(self.policy, self.parts, self.grid, i, x[:, None])
         return self.moved(i, x, a[:, 0]), gap[:, 0]
 
     def score(self, i: int, x: Array) -> Array:

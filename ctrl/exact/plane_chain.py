@@ -18,7 +18,7 @@ from ctrl.exact.lattice import Lattice
 from ctrl.exact.line import as_gradient
 from ctrl.exact.truth import ExactGradient, Terminal, Truth
 from ctrl.laws import Gaussian, Law
-from ctrl.policy import Policy
+from ctrl.policy import Parts, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import Coefficients, TimeGrid
 
@@ -34,6 +34,10 @@ class PlaneChain:
     problem: Problem
     policy: Policy
     grid: TimeGrid
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        return self.policy.parts(self.grid)
 
     @cached_property
     def c(self) -> Coefficients:
@@ -87,7 +91,7 @@ class PlaneChain:
 
     def step(self, i: int, x: Array) -> tuple[Array, Array]:
         """m_i(x) and mu - s, (n, 2) each."""
-        a, gap = self.problem.mean_and_departure(self.policy, self.grid, i, x)
+        a, gap = self.problem.mean_and_departure(self.policy, self.parts, self.grid, i, x)
         return self.moved(i, x, a), gap
 
     def slopes(self, i: int, x: Array) -> tuple[Array, Array]:
