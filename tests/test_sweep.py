@@ -154,7 +154,7 @@ def test_results_come_as_they_are_finished():
 def test_processes_are_there_before_their_work():
     with awake("tabnanny", 2):
         assert "tabnanny" not in sys.modules
-    assert any(side_by_side(imported, [("tabnanny",)] * 4, 2))
+    assert any(list(side_by_side(imported, [("tabnanny",)] * 4, 2)))
 
 
 def imported(module):

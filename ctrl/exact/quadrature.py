@@ -22,6 +22,7 @@ from numba import njit, prange
 from ctrl import check
 from ctrl.check import Array
 from ctrl.exact import line_optimum, transport
+from ctrl.exact.lattice import shrink
 from ctrl.exact.line import WIDTH, LineChain, as_gradient, components, line_chain, line_terminal, line_truth
 from ctrl.exact.line_optimum import LineOptimum as LineOptimum
 from ctrl.exact.linear_doob import require_doob
@@ -271,9 +272,9 @@ def _refuse(chain: LineChain, need: int, points: int | None) -> None:
 
 
 def _solve(chain: LineChain, points: int | None, hull: tuple[Array, Array] | None = None, width: float = WIDTH,
-           reach: float = REACH) -> _Solution:
-    """The law on the smallest lattice that is wide and fine enough for it; `hull` asks for at least that much room."""
-    n = FEWEST if points is None else check.integer("points", points, at_least=3)
+           reach: float = REACH, fewest: int = FEWEST) -> _Solution:
+    """The law on a lattice just wide and fine enough for it; `hull` asks for at least that much room, `fewest` for that many points."""
+    n = fewest if points is None else check.integer("points", points, at_least=3)
     while True:
         low, high = chain.edges(width)
         if hull is not None:
@@ -289,7 +290,8 @@ def _solve(chain: LineChain, points: int | None, hull: tuple[Array, Array] | Non
                 continue
             if solution.aliasing < (ALIASING if points is None else 20 * ALIASING):
                 return solution
-            need = 2 * n - 1  # a score that turns sharply, between components, asks for more than the noise does
+            # a score that turns sharply, between components, asks for more than the noise does
+            need = 1 + math.ceil((n - 1) / float(shrink(np.array(solution.aliasing), ALIASING)))
         if points is not None or need > MOST:
             _refuse(chain, need, points)
         n = need + (need + 1) % 2
@@ -329,7 +331,7 @@ def _roomy(chain: LineChain, points: int | None) -> _Solution:
     half = 6 * WIDTH / TRUSTED * np.sqrt(np.sum(p * (x - mean[:, None]) ** 2, axis=1))  # of several modes, too
     low, high = np.minimum(x[:, 0], mean - half), np.maximum(x[:, -1], mean + half)
     if np.any(low < x[:, 0]) or np.any(high > x[:, -1]):
-        solution = _solve(chain, points, hull=(low, high))
+        solution = _solve(chain, points, hull=(low, high), fewest=lattice.n)
     return _smooth(solution, points)
 
 
