@@ -51,6 +51,13 @@ def awake(module: str, workers: int) -> Iterator[None]:
             thread.join()
 
 
+def asleep() -> None:
+    """The processes of earlier calls end, while this one goes on; a later `side_by_side` starts others."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor(reuse=True).shutdown(wait=False)
+
+
 @dataclass(frozen=True)
 class _Guest:
     """A function that leaves the other cores to its neighbours, unless it runs where its caller waits for it."""

@@ -21,7 +21,7 @@ from ctrl import check, report, zoo
 from ctrl.evidence import FALSE_ALARM, MISS
 from ctrl.files import environment, user_object, versions, writable, write_json, write_text
 from ctrl.laws import GaussianMixture
-from ctrl.parallel import awake, side_by_side
+from ctrl.parallel import asleep, awake, side_by_side
 from ctrl.problem import Problem
 from ctrl.theorems.advantage import AdvantageRate
 from ctrl.theorems.deterministic_sampler import DeterministicSampler
@@ -139,6 +139,7 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
         _run(settings, chosen, cases, progress, stream, width)
     finally:
         progress.write()
+    asleep()
     seconds = time.perf_counter() - started
     pictures = {name: progress.picture(name).read_bytes() for name in progress.drawn}
     write_text(settings.out / "index.html", report.page(progress.rows, theorems, pictures, _facts(settings, progress, seconds)))
