@@ -60,11 +60,9 @@ class Gaussian:
         return np.linalg.inv(self.cov)
 
     @cached_property
-    def affine_score(self) -> tuple[Array, Array]:
-        """K = -C^{-1} (d, d) and k = C^{-1} m (d,), read-only: score(x) = K x + k."""
-        K, k = -self.precision, self.precision @ self.mean
-        K.flags.writeable = k.flags.writeable = False
-        return K, k
+    def principal(self) -> tuple[Array, Array]:
+        """Variances (d,) along the axes, columns (d, d): C = axes diag(variances) axes'; those of a noised law are alpha^2 variances + v."""
+        return np.linalg.eigh(self.cov)
 
     @cached_property
     def log_normaliser(self) -> float:

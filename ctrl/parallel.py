@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ctrl.kernels.threads import one_thread
@@ -28,6 +30,32 @@ def side_by_side(function: Callable[..., Any], arguments: Iterable[tuple[Any, ..
     call = delayed(_Guest(function, os.getpid(), threading.get_ident()))
     with threadpool_limits(1, user_api="blas"), parallel_config(backend=backend, **limit):
         yield from Parallel(n_jobs=workers, return_as="generator_unordered")(call(*a) for a in arguments)
+
+
+@contextmanager
+def awake(module: str, workers: int) -> Iterator[None]:
+    """Processes for a later `side_by_side` of so many workers start and import a module, while this one does what it has to do first.
+
+    Checked: tests/test_sweep.py::test_processes_are_there_before_their_work
+    """
+    def start() -> None:
+        list(side_by_side(import_module, [(module,)] * workers, workers))
+
+    thread = threading.Thread(target=start, daemon=True)
+    if workers > 1:
+        thread.start()
+    try:
+        yield
+    finally:
+        if workers > 1:
+            thread.join()
+
+
+def asleep() -> None:
+    """The processes of earlier calls end, while this one goes on; a later `side_by_side` starts others."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor(reuse=True).shutdown(wait=False)
 
 
 @dataclass(frozen=True)

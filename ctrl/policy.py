@@ -421,9 +421,8 @@ class BasisPolicy(Policy):
         return K + W, k + w
 
     def mean(self, grid: TimeGrid, i: int, x: Array) -> Array:
-        t = float(grid.times[i])
-        W, w = self.basis.apply(t, self.theta)
-        return self.problem.score(t, x) + x @ W.T + w
+        W, w = _basis_terms(self, grid)
+        return self.problem.score(float(grid.times[i]), x) + x @ W[i].T + w[i]
 
     def jacobian_x(self, grid: TimeGrid, i: int, x: Array) -> Array:
         t = float(grid.times[i])
@@ -452,8 +451,13 @@ class BasisPolicy(Policy):
 @lru_cache(maxsize=16)
 def _basis_parts(policy: BasisPolicy, grid: TimeGrid) -> Parts:
     """Of the score and the basis together; cached by identity, since every solver asks several times."""
-    pre, (W, w) = policy.problem.pretrained(grid).parts(grid), policy.basis.on(grid, policy.theta)
+    pre, (W, w) = policy.problem.pretrained(grid).parts(grid), _basis_terms(policy, grid)
     return Parts(pre.K + W, pre.k + w, pre.laws)
+
+
+@lru_cache(maxsize=16)
+def _basis_terms(policy: BasisPolicy, grid: TimeGrid) -> tuple[Array, Array]:
+    return policy.basis.on(grid, policy.theta)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ctrl import check
 from ctrl.check import Array
 from ctrl.laws import Gaussian, GaussianMixture, Law, StartNoise, noised_law
-from ctrl.policy import AffinePolicy, CallablePolicy, MixturePolicy, Policy
+from ctrl.policy import AffinePolicy, CallablePolicy, MixturePolicy, Parts, Policy
 from ctrl.reward import Reward
 from ctrl.schedule import Coefficients, Schedule, TimeGrid
 
@@ -60,15 +60,18 @@ class Problem:
         return self.schedule.horizon
 
     def grid(self, steps: int) -> TimeGrid:
-        """A uniform grid of `steps` steps on [0, T]."""
-        return TimeGrid.uniform(steps, self.horizon)
+        """A uniform grid of `steps` steps on [0, T]; one object for equal numbers, so that what is cached by grid is found again."""
+        return _uniform(check.integer("steps", steps, at_least=1), self.horizon)
 
     def marginal(self, t: float) -> Law:
         """The noised data law p_{T-t} at generation time t in [0, T]."""
+        return noised_law(self.schedule, self.data, self._within(t))
+
+    def _within(self, t: float) -> float:
         t = float(t)
         if not 0 <= t <= self.horizon * (1 + 1e-12):  # also refuses NaN
             raise ValueError(f"t: expected a generation time in [0, {self.horizon:g}], got {t:g}")
-        return noised_law(self.schedule, self.data, t)
+        return t
 
     def score(self, t: float, x: ArrayLike) -> Array:
         """The pre-trained action s(t, x) = grad log p_{T-t}(x), (n, d) -> (n, d)."""
@@ -76,10 +79,9 @@ class Problem:
 
     def affine_score(self, t: float) -> tuple[Array, Array]:
         """(K_pre, k_pre) with s(t, x) = K_pre x + k_pre; Gaussian data only."""
-        law = self.marginal(t)
-        if not isinstance(law, Gaussian):
+        if not isinstance(self.data, Gaussian):
             raise ValueError("problem: expected Gaussian data (an affine score), got a mixture")
-        return law.affine_score
+        return _affine_score(self.schedule, self.data, self._within(t))
 
     def pretrained(self, grid: TimeGrid) -> AffinePolicy | MixturePolicy:
         """The pre-trained policy mu = s: affine per step for Gaussian data, the data's own mixture otherwise."""
@@ -92,6 +94,16 @@ class Problem:
         if self.start == "exact":
             return self.marginal(0.0)
         return Gaussian(np.zeros(self.dim), self.schedule.prior_variance * np.eye(self.dim))
+
+    def mean_and_departure(self, policy: Policy, parts: Parts | None, grid: TimeGrid, i: int, x: Array) -> tuple[Array, Array]:
+        """mu(t_i, x) and mu - s, (n, d) each, given policy.parts(grid); a mixture's score that both are made of is computed once."""
+        t = float(grid.times[i])
+        score = self.score(t, x)
+        if parts is not None and parts.laws is not None and parts.laws[i] is self.marginal(t):
+            gap = x @ parts.K[i].T + parts.k[i]
+            return score + gap, gap
+        a = policy.mean(grid, i, x)
+        return a, a - score
 
     def initial(self, noise: StartNoise) -> Array:
         """X_0, (n, d), as a pure function of the noise."""
@@ -151,9 +163,25 @@ class Problem:
         return lowest
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
+def _uniform(steps: int, horizon: float) -> TimeGrid:
+    return TimeGrid.uniform(steps, horizon)
+
+
+@lru_cache(maxsize=256)
 def _coefficients(schedule: Schedule, grid: TimeGrid, eta: float, discount: float) -> Coefficients:
     return schedule.coefficients(grid, eta, discount)
+
+
+@lru_cache(maxsize=4096)
+def _affine_score(schedule: Schedule, data: Gaussian, t: float) -> tuple[Array, Array]:
+    """Read-only; without the law itself, of which an ODE would make one at every time that it looks at."""
+    tau, (variance, axes) = schedule.tau(t), data.principal
+    alpha = schedule.alpha(tau)
+    K = (axes / (-(alpha**2) * variance - schedule.v(tau))) @ axes.T
+    k = -alpha * (K @ data.mean)
+    K.flags.writeable = k.flags.writeable = False
+    return K, k
 
 
 @overload
@@ -165,7 +193,7 @@ def _pretrained(schedule: Schedule, data: Law, grid: TimeGrid) -> AffinePolicy |
     if isinstance(data, GaussianMixture):
         return MixturePolicy(schedule, data)
     alpha, v = (np.array(c) for c in zip(*((schedule.alpha(tau), schedule.v(tau)) for tau in map(schedule.tau, grid.times[:-1])), strict=True))
-    variance, axes = np.linalg.eigh(data.cov)
+    variance, axes = data.principal
     precision = (axes / (alpha[:, None] ** 2 * variance + v[:, None])[:, None, :]) @ axes.T
     precision = 0.5 * (precision + precision.swapaxes(1, 2))
     return AffinePolicy(K=-precision, k=alpha[:, None] * (precision @ data.mean))

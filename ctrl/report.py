@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def share(x: float | None) -> Any:
     return f"{100 * x:.2g}\N{NO-BREAK SPACE}%" if x >= 0.001 else number(x, 2)
 
 
+@lru_cache(maxsize=256)
 def formula(source: str) -> Any:
     """A formula in matplotlib's mathtext as an inline SVG in the colour of the text, its source as the spoken label."""
     from markupsafe import Markup
@@ -312,21 +313,33 @@ def sections(rows: Sequence[Verdict], theorems: Sequence[Theorem], pictures: Map
     return out
 
 
+def prepare(theorems: Sequence[Theorem]) -> None:
+    """What the page takes long for whatever the verdicts are, ahead of time: its formulas and its template."""
+    _template()
+    for source in (*RESOLUTION, *(source for theorem in theorems for source in theorem.formulas)):
+        formula(source)
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    engine = Environment(loader=PackageLoader("ctrl"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    engine.filters |= {"number": number, "share": share}
+    return engine.get_template("report.html")
+
+
 def page(rows: Sequence[Verdict], theorems: Sequence[Theorem], pictures: Mapping[str, bytes], facts: Mapping[str, str]) -> str:
     """The report as one HTML page that needs no network: verdicts, statements, figures, planted errors and their resolutions.
 
     pictures : PNG by theorem name;  facts : what is said of the run, in order (machine, versions, seed, time)
     Source: theory.md, section 0.   Checked: tests/test_report.py::test_page_shows_every_verdict
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     found = sections(rows, theorems, pictures)
     lines = [line for section in found for part in section.parts for line in part.lines]
     sampled = sum(row.check == "monte_carlo" for row in rows)
-    engine = Environment(loader=PackageLoader("ctrl"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    engine.filters |= {"number": number, "share": share}
     overview = resolutions(rows)
-    return engine.get_template("report.html").render(
+    return _template().render(
         sections=found, facts=facts, problems=list(dict.fromkeys(row.problem for row in rows)),
         failed=[line for line in lines if line.said == "FAILED"], said=Counter(line.said for line in lines),
         planted=[line for line in lines if line.row.check == "planted" and line.row.holds is not None],

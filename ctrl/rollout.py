@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,34 @@ def simulate(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike,
     check.instance("problem", problem, Problem, "a ctrl.Problem")
     require_noise(noise)
     problem.check_policy(policy, grid)
+    paths = _simulated(problem, policy, grid, noise, dtype, trajectory, threads)
+    return replace(paths, actions=actions(policy, grid, noise, paths.states)) if paths.states is not None else paths
+
+
+def trajectories(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, dtype: DTypeLike = np.float64) -> Paths:
+    """`simulate` with states and noise, without `actions`: they follow from these.
+
+    Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_actions_follow_from_states_and_noise
+    """
+    problem.check_policy(policy, grid)
+    return _simulated(problem, policy, grid, noise, dtype, True, None)
+
+
+def actions(policy: Policy, grid: TimeGrid, noise: NoiseLike, states: Array) -> Array:
+    """a_i = mu_i(X_i), or mu_i(X_i) + L_i z_i, along the states (n, N + 1, d) of a noise's paths, (n, N, d).
+
+    Source: theory.md, section 1.   Checked: tests/test_rollout.py::test_actions_follow_from_states_and_noise
+    """
+    (n, _, d), factor = states.shape, policy.exploration_factor(grid)
+    out, z = np.empty((n, grid.steps, d), states.dtype), None if factor is None else noise.actions(grid.steps, d).astype(states.dtype, copy=False)
+    for i in range(grid.steps):
+        out[:, i] = policy.mean(grid, i, states[:, i].astype(np.float64))
+        if z is not None and factor is not None:
+            out[:, i] += z[:, i] @ factor[i].T
+    return out
+
+
+def _simulated(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, dtype: DTypeLike, trajectory: bool, threads: int | None) -> Paths:
     if isinstance(noise, QuadratureNoise):
         noise.require(problem, policy, grid)
     kind = precision(dtype)
@@ -123,8 +151,8 @@ class _Chain:
             return CHUNK_PATHS
         return max(LANES, CHUNK_NUMBERS // (self.grid.steps * self.problem.dim) // LANES * LANES)
 
-    def run(self, noise: NoiseLike, trajectory: bool) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
-        """(terminal (n, d), sums (n, 3), states, noise_steps, actions) of these paths."""
+    def run(self, noise: NoiseLike, trajectory: bool) -> tuple[Array, Array, Array | None, Array | None]:
+        """(terminal (n, d), sums (n, 3), states, noise_steps) of these paths."""
         steps, d = self.grid.steps, self.problem.dim
         x = np.array(self.problem.initial(noise), dtype=self.dtype, order="C")
         states = np.empty((noise.paths if trajectory else 0, steps + 1, d), self.dtype)
@@ -135,7 +163,7 @@ class _Chain:
             sums = self._plain(x, xi, z, states)
         else:
             sums = self._kernel(x, noise, xi, z, states, _nothing(d, self.dtype), np.empty((2, 0, 0), self.dtype))
-        return (x, sums, states, xi, self._actions(states, z)) if trajectory else (x, sums, None, None, None)
+        return (x, sums, states, xi) if trajectory else (x, sums, None, None)
 
     def collect(self, noise: NoiseLike, wanted: Collect, parameters: int) -> tuple[Array, Array, Array]:
         """(terminal (n, d), what each path spent (n,), its sums S and P (2, n, p)): see ctrl.kernels.gradient."""
@@ -186,15 +214,6 @@ class _Chain:
         x[:] = here
         return sums
 
-    def _actions(self, states: Array, z: Array | None) -> Array:
-        """a_i along stored paths, (n, N, d)."""
-        out = np.empty((len(states), self.grid.steps, self.problem.dim), self.dtype)
-        for i in range(self.grid.steps):
-            out[:, i] = self.policy.mean(self.grid, i, states[:, i].astype(np.float64))
-            if z is not None and self.factor is not None:
-                out[:, i] += z[:, i] @ self.factor[i].T
-        return out
-
 
 class _Result:
     """The arrays of Paths, filled chunk by chunk."""
@@ -207,7 +226,6 @@ class _Result:
         self.log_ratio = np.empty(n) if problem.eta > 0 else None
         self.states = np.empty((n, steps + 1, d), dtype) if trajectory else None
         self.noise_steps = np.empty((n, steps, d), dtype) if trajectory else None
-        self.actions = np.empty((n, steps, d), dtype) if trajectory else None
 
     def add(self, begin: int, terminal: Array, sums: Array, *kept: Array | None) -> None:
         here = slice(begin, begin + len(terminal))
@@ -218,14 +236,14 @@ class _Result:
         self.discounted[here] = 0.5 * (discounted if self.problem.discount > 0 else square)
         if self.log_ratio is not None:
             self.log_ratio[here] = cross + 0.5 * square
-        for whole, part in zip((self.states, self.noise_steps, self.actions), kept, strict=True):
+        for whole, part in zip((self.states, self.noise_steps), kept, strict=True):
             if whole is not None:
                 whole[here] = part
 
     def paths(self, kl_weight: float, entropy: float) -> Paths:
         objective = self.final_discount * self.reward - kl_weight * self.discounted + entropy
         return Paths(self.terminal, self.reward, self.penalty, objective, self.weights, self.log_ratio,
-                     self.states, self.noise_steps, self.actions)
+                     self.states, self.noise_steps)
 
 
 def _normal_form(problem: Problem, grid: TimeGrid, parts: Parts, pre: Parts, factor: Array | None,

@@ -21,7 +21,7 @@ from ctrl import check, report, zoo
 from ctrl.evidence import FALSE_ALARM, MISS
 from ctrl.files import environment, user_object, versions, writable, write_json, write_text
 from ctrl.laws import GaussianMixture
-from ctrl.parallel import side_by_side
+from ctrl.parallel import asleep, awake, side_by_side
 from ctrl.problem import Problem
 from ctrl.theorems.advantage import AdvantageRate
 from ctrl.theorems.deterministic_sampler import DeterministicSampler
@@ -124,7 +124,9 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
     Source: theory.md, section 0.   Checked: tests/test_verify.py::test_verdicts_file
     """
     stream = stream or sys.stdout
-    chosen, cases = _chosen(settings, theorems), _cases(settings)
+    chosen = _chosen(settings, theorems)
+    with awake(__name__, 1 if settings.resume else _workers(settings, 2 * len(chosen))):  # at least a check and a figure for every theorem
+        cases = _cases(settings)
     progress = Progress(writable(settings.out), settings.identity())
     if settings.resume:
         progress.read()
@@ -137,6 +139,7 @@ def verify(settings: Settings, theorems: Sequence[Theorem] = THEOREMS, stream: T
         _run(settings, chosen, cases, progress, stream, width)
     finally:
         progress.write()
+    asleep()
     seconds = time.perf_counter() - started
     pictures = {name: progress.picture(name).read_bytes() for name in progress.drawn}
     write_text(settings.out / "index.html", report.page(progress.rows, theorems, pictures, _facts(settings, progress, seconds)))
@@ -154,7 +157,9 @@ def _run(settings: Settings, theorems: Sequence[Theorem], cases: Sequence[Case],
     if drawable is not None:
         tasks += [(_drawn, theorem, drawable) for theorem in theorems if theorem.name not in progress.drawn]
     with tqdm(total=len(tasks), disable=None, unit="part", leave=False, file=sys.stderr) as bar:
-        for name, case_name, part in _side_by_side(settings, tasks):
+        for number, (name, case_name, part) in enumerate(_side_by_side(settings, tasks)):
+            if number == 0:
+                report.prepare(theorems)  # while other processes work
             if isinstance(part, bytes):
                 if part:
                     progress.picture(name).write_bytes(part)
@@ -177,7 +182,7 @@ Task = tuple[Callable[[Theorem, Case], Part], Theorem, Case]
 
 def _side_by_side(settings: Settings, tasks: Sequence[Task]) -> Iterator[Part]:
     """The results of tasks as they come: in this process with one thread, else in spawned processes of one thread each."""
-    workers = min(settings.threads or _cores(), len(tasks))
+    workers = _workers(settings, len(tasks))
     if workers <= 1:
         for function, theorem, case in tasks:
             yield function(theorem, case)
@@ -235,6 +240,10 @@ def _rows(theorem: Theorem, case: Case) -> Iterator[Verdict]:
             if not case.own or str(error).startswith(("reward", "action")):
                 raise
             yield theorem.skipped(case, f"the rest does not apply: {error}")
+
+
+def _workers(settings: Settings, tasks: int) -> int:
+    return min(settings.threads or _cores(), tasks)
 
 
 def _cores() -> int:

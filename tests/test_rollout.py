@@ -27,7 +27,8 @@ from ctrl import (
     TimeGrid,
     simulate,
 )
-from ctrl.estimators import Pathwise, ScoreFunction
+from ctrl.estimators import Pathwise, Run, ScoreFunction
+from ctrl.rollout import actions, trajectories
 from numba import njit
 from numpy.linalg import cholesky
 
@@ -154,6 +155,18 @@ def test_chain_is_its_specification(name):
     for what in ("states", "actions", "noise_steps"):
         assert close(getattr(kept, what), expected[what], 1e-12), what
     assert single.terminal.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_actions_follow_from_states_and_noise(name):
+    problem, make, exploration = CASES[name]
+    policy, noise = make(problem, exploration), Noise(3, 600)
+    whole, without = simulate(problem, policy, GRID, noise, trajectory=True), trajectories(problem, policy, GRID, noise)
+    assert without.actions is None and np.array_equal(without.states, whole.states)
+    assert np.array_equal(actions(policy, GRID, noise, without.states), whole.actions)
+    score = np.stack([problem.score(float(t), x) for t, x in zip(GRID.times[:-1], whole.states.swapaxes(0, 1), strict=False)], axis=1)
+    for paths in (whole, without):
+        assert close(Run(problem, policy, GRID, noise, paths).departure, whole.actions - score, 1e-12)
 
 
 @pytest.mark.parametrize("dim", [1, 3, 5, 9])

@@ -15,7 +15,7 @@ import pytest
 from analysis import estimator_variance as study
 from analysis.sweep import Pool, sweep
 from ctrl.kernels.threads import default_threads, one_thread
-from ctrl.parallel import side_by_side
+from ctrl.parallel import awake, side_by_side
 from threadpoolctl import threadpool_info
 
 JOBS = {f"{name}-N{steps}": (name, steps, 0) for steps in (12, 4) for name in ("ScoreFunction", "ValueGradient", "ActionNoise")}
@@ -149,6 +149,17 @@ def test_results_come_as_they_are_finished():
         first = sweep(partial(pause, name="seconds"), {"a": 0.0, "b": 0.0}, Pool(2, "threading"))
         assert next(first) == {"seconds": 0.0}
         first.close()
+
+
+def test_processes_are_there_before_their_work():
+    with awake("tabnanny", 2):
+        assert "tabnanny" not in sys.modules
+    assert any(list(side_by_side(imported, [("tabnanny",)] * 4, 2)))
+
+
+def imported(module):
+    time.sleep(0.05)
+    return module in sys.modules
 
 
 def pause(seconds, name=None):

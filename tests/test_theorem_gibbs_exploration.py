@@ -127,7 +127,7 @@ def test_action_values_by_spline():
     run = next(runs(case.problem, collector, case.grid, case.noise("spline", 2000)))
     by_spline = action_values(run, value)
     for i in (0, 20, 39):
-        np.testing.assert_allclose(by_spline[:, i], value.action_value(i, run.states[:, i], run.paths.actions[:, i]), atol=1e-8)
+        np.testing.assert_allclose(by_spline[:, i], value.action_value(i, run.states[:, i], run.actions[:, i]), atol=1e-8)
 
 
 def test_a_broken_covariance_fails_and_says_so(monkeypatch):

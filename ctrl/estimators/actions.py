@@ -66,7 +66,6 @@ class ActionAdvantage(Estimator):
     needs = frozenset({Need.EXPLORATION, Need.ADVANTAGE})
 
     def cotangents(self, run: Run) -> Array:
-        c, actions = run.coefficients, run.paths.actions
-        assert actions is not None
+        c, actions = run.coefficients, run.actions
         at = [check.returned("advantage", self.advantage(i, x, actions[:, i]), (len(x),)) for i, x in enumerate(run.left)]
         return (c.discount * c.dt * np.stack(at, axis=1))[:, :, None] * action_score(run)

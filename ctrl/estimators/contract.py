@@ -17,7 +17,7 @@ from ctrl.check import Array
 from ctrl.noise import NoiseLike, require_noise
 from ctrl.policy import Policy
 from ctrl.problem import Problem
-from ctrl.rollout import OnePass, Paths, one_pass, precision, simulate
+from ctrl.rollout import OnePass, Paths, actions, one_pass, precision, trajectories
 from ctrl.schedule import Coefficients, TimeGrid
 
 SAMPLES_LIMIT = 256 * 2**20
@@ -167,12 +167,23 @@ class Run:
         assert self.paths.noise_steps is not None
         return self.paths.noise_steps
 
+    @property
+    def behaviour(self) -> Policy:
+        """Who drew the paths."""
+        return self.sampler or self.policy
+
+    @cached_property
+    def actions(self) -> Array:
+        """a_i."""
+        return actions(self.behaviour, self.grid, self.noise, self.states) if self.paths.actions is None else self.paths.actions
+
     @cached_property
     def departure(self) -> Array:
-        """a_i - s_i."""
-        assert self.paths.actions is not None
-        score = [self.problem.score(float(t), self.states[:, i]) for i, t in enumerate(self.grid.times[:-1])]
-        return self.paths.actions - np.stack(score, axis=1)
+        """a_i - s_i; of mean actions, which are mu_i(X_i), without the actions."""
+        if self.behaviour.exploration is None:
+            parts = self.behaviour.parts(self.grid)
+            return np.stack([self.problem.mean_and_departure(self.behaviour, parts, self.grid, i, x)[1] for i, x in enumerate(self.left)], axis=1)
+        return self.actions - np.stack([self.problem.score(float(t), x) for t, x in zip(self.grid.times, self.left, strict=False)], axis=1)
 
     @cached_property
     def pull(self) -> Array:
@@ -269,7 +280,7 @@ def runs(problem: Problem, policy: Policy, grid: TimeGrid, noise: NoiseLike, dty
     size = fit // pair * pair or (pair if unit or pair <= 4 else max(fit // 4 * 4, 4))
     for first in range(0, noise.paths, size):
         part = noise[first : first + size]
-        yield Run(problem, policy, grid, part, simulate(problem, sampler or policy, grid, part, dtype=dtype, trajectory=True), sampler)
+        yield Run(problem, policy, grid, part, trajectories(problem, sampler or policy, grid, part, dtype), sampler)
 
 
 def _collect(batches: Iterator[Array], noise: NoiseLike, p: int, unit: int) -> Gradient:

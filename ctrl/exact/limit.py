@@ -7,6 +7,7 @@ In continuous time sampled actions move the state like their mean; only their co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -39,13 +40,13 @@ class ContinuousPolicy(Protocol):
 Solution = Callable[[float], Array]
 
 
-def _integrate(rhs: Callable[[float, Array], Array], start: float, stop: float, y: Array) -> tuple[Array, Solution]:
-    """End state and dense output of y' = rhs(t, y); ValueError when the solution escapes to infinity."""
+def _integrate(rhs: Callable[[float, Array], Array], start: float, stop: float, y: Array, *, dense: bool = True) -> tuple[Array, Solution]:
+    """End state and dense output of y' = rhs(t, y), in as few steps as it takes without; ValueError when the solution escapes to infinity."""
     from scipy.integrate import solve_ivp
 
     with np.errstate(over="ignore", invalid="ignore"):
-        out = solve_ivp(rhs, (start, stop), y, method="DOP853", rtol=RTOL, atol=ATOL, dense_output=True,
-                        max_step=abs(stop - start) / STEPS)
+        out = solve_ivp(rhs, (start, stop), y, method="DOP853", rtol=RTOL, atol=ATOL, dense_output=dense,
+                        max_step=abs(stop - start) / STEPS if dense else np.inf)
     if not out.success or not np.all(np.isfinite(out.y[:, -1])):
         raise ValueError(f"problem: expected equations with a solution on all of [0, T], got one that breaks down at "
                          f"t = {out.t[-1]:.4g} (a reward that grows faster than the penalty holds it back)")
@@ -62,6 +63,10 @@ class _Flow:
     @property
     def d(self) -> int:
         return self.problem.dim
+
+    @cached_property
+    def identity(self) -> Array:
+        return np.eye(self.d)
 
     @cached_property
     def spread(self) -> float:
@@ -93,7 +98,7 @@ class _Flow:
         """F, c and the policy's distance from the score, dK and dk."""
         f, _, h, _ = self.rates(t)
         (K, k), (K_pre, k_pre) = self.policy.affine_at(t), self.problem.affine_score(t)
-        return h * K - f * np.eye(self.d), h * k, K - K_pre, k - k_pre
+        return h * K - f * self.identity, h * k, K - K_pre, k - k_pre
 
     def split(self, y: Array) -> tuple[Array, Array]:
         """(vector, symmetric matrix) from the head of a flat state."""
@@ -108,10 +113,9 @@ class _Flow:
         def rhs(t: float, y: Array) -> Array:
             _, noise, _, kappa = self.rates(t)
             (m, P), (F, c, dK, dk) = self.split(y), self.drift(t)
-            gap2 = float(np.sum((dK @ m + dk) ** 2) + np.sum((dK @ P) * dK))
-            FP, decay = F @ P, np.exp(-self.problem.discount * t)
-            running = kappa * np.array([gap2, 1.0, decay * gap2, decay])
-            return np.concatenate([F @ m + c, (FP + FP.T + noise * np.eye(self.d)).ravel(), running])
+            gap, FP, decay = dK @ m + dk, F @ P, kappa * math.exp(-self.problem.discount * t)
+            gap2 = float(gap @ gap + np.vdot(dK @ P, dK))
+            return np.concatenate([F @ m + c, (FP + FP.T + noise * self.identity).ravel(), [kappa * gap2, kappa, decay * gap2, decay]])
 
         law = self.problem.start_law
         assert isinstance(law, Gaussian)
@@ -138,7 +142,7 @@ class _Flow:
             SF, price = S @ F, weight * kappa
             S_dot = rho * S - SF - SF.T - 2 * price * dK.T @ dK
             w_dot = rho * w - F.T @ w + S @ c + 2 * price * dK.T @ dk
-            z_dot = rho * z - c @ w + 0.5 * noise * np.trace(S) + price * (dk @ dk + self.spread) - self.entropy
+            z_dot = rho * z - c @ w + 0.5 * noise * np.vdot(S, self.identity) + price * (dk @ dk + self.spread) - self.entropy
             return np.concatenate([w_dot, S_dot.ravel(), [z_dot]])
 
         y = np.concatenate([self.reward.vector, self.reward.matrix.ravel(), [self.reward.constant]])
@@ -213,9 +217,9 @@ def _gradient(flow: _Flow) -> ExactGradient:
         price = 2 * problem.kl_weight * kappa
         U, u = -h * S - price * dK, h * w - price * dk
         mean = U @ m + u
-        return np.exp(-problem.discount * t) * policy.basis.adjoint(t, U @ P + np.outer(mean, m), mean)
+        return math.exp(-problem.discount * t) * policy.basis.adjoint(t, U @ P + np.outer(mean, m), mean)
 
-    return ExactGradient(_integrate(rhs, 0.0, problem.horizon, np.zeros(policy.theta.size))[0])
+    return ExactGradient(_integrate(rhs, 0.0, problem.horizon, np.zeros(policy.theta.size), dense=False)[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +332,7 @@ def optimum(problem: Problem) -> LimitOptimum:
         SF, gain = S @ F, h * rate
         S_dot = rho * S - SF - SF.T + gain * S @ S
         w_dot = rho * w - F.T @ w + S @ (c + gain * w)
-        z_dot = rho * z - (c + 0.5 * gain * w) @ w + 0.5 * noise * np.trace(S)
+        z_dot = rho * z - (c + 0.5 * gain * w) @ w + 0.5 * noise * np.vdot(S, flow.identity)
         return np.concatenate([w_dot, S_dot.ravel(), [z_dot]])
 
     y0, solution = _integrate(rhs, problem.horizon, 0.0, np.concatenate([r.vector, r.matrix.ravel(), [r.constant]]))

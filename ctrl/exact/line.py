@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from ctrl.check import Array
 from ctrl.exact.truth import ExactGradient, Terminal, Truth
 from ctrl.laws import Gaussian, Law
-from ctrl.policy import AffinePolicy, Policy
+from ctrl.policy import AffinePolicy, Parts, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import Coefficients, TimeGrid
 
@@ -29,6 +29,10 @@ class LineChain:
     problem: Problem
     policy: Policy
     grid: TimeGrid
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        return self.policy.parts(self.grid)
 
     @cached_property
     def c(self) -> Coefficients:
@@ -48,7 +52,7 @@ class LineChain:
     @cached_property
     def pretrained(self) -> LineChain:
         """The same chain under the pre-trained policy."""
-        return LineChain(self.problem, self.problem.pretrained(self.grid), self.grid)
+        return _chain(self.problem, self.problem.pretrained(self.grid), self.grid)
 
     @property
     def deterministic(self) -> bool:
@@ -75,6 +79,11 @@ class LineChain:
 
     def centre(self, i: int, x: Array) -> Array:
         return self.moved(i, x, self.action(i, x))
+
+    def step(self, i: int, x: Array) -> tuple[Array, Array]:
+        """m_i(x) and mu - s, (n,) each."""
+        a, gap = self.problem.mean_and_departure(self.policy, self.parts, self.grid, i, x[:, None])
+        return self.moved(i, x, a[:, 0]), gap[:, 0]
 
     def score(self, i: int, x: Array) -> Array:
         return self.problem.score(float(self.grid.times[i]), x[:, None])[:, 0]
@@ -103,16 +112,7 @@ class LineChain:
 
         An edge is c + width w, c the noiseless path of the start's mean and w^2 -> (secant slope of m)^2 w^2 + s^2.
         """
-        law = self.problem.start_law
-        centres, sd = components(law)
-        low, high = np.empty(self.grid.steps + 1), np.empty(self.grid.steps + 1)
-        low[0], high[0] = np.min(centres - width * sd), np.max(centres + width * sd)
-        middle = law.mean[0]
-        for i in range(self.grid.steps):
-            left, middle, right = self.centre(i, np.array([low[i], middle, high[i]]))
-            low[i + 1] = middle - np.hypot(middle - left, width * self.s[i])
-            high[i + 1] = middle + np.hypot(right - middle, width * self.s[i])
-        return low, high
+        return _edges(self, width)
 
 
 def line_chain(problem: Problem, policy: Policy, grid: TimeGrid) -> LineChain:
@@ -120,7 +120,29 @@ def line_chain(problem: Problem, policy: Policy, grid: TimeGrid) -> LineChain:
     if problem.dim != 1:
         raise ValueError(f"problem: expected dimension 1 for quadrature, got {problem.dim}")
     problem.check_policy(policy, grid)
+    return _chain(problem, policy, grid)
+
+
+# Cached by identity, so that what solvers keep of a chain is found again.
+
+
+@lru_cache(maxsize=64)
+def _chain(problem: Problem, policy: Policy, grid: TimeGrid) -> LineChain:
     return LineChain(problem, policy, grid)
+
+
+@lru_cache(maxsize=64)
+def _edges(chain: LineChain, width: float) -> tuple[Array, Array]:
+    law = chain.problem.start_law
+    centres, sd = components(law)
+    low, high = np.empty(chain.grid.steps + 1), np.empty(chain.grid.steps + 1)
+    low[0], high[0] = np.min(centres - width * sd), np.max(centres + width * sd)
+    middle = law.mean[0]
+    for i in range(chain.grid.steps):
+        left, middle, right = chain.centre(i, np.array([low[i], middle, high[i]]))
+        low[i + 1] = middle - np.hypot(middle - left, width * chain.s[i])
+        high[i + 1] = middle + np.hypot(right - middle, width * chain.s[i])
+    return low, high
 
 
 def components(law: Law) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -116,7 +116,7 @@ def optimum(problem: Problem, grid: TimeGrid, resolution: float | None = None) -
     chain = plane_chain(problem, problem.pretrained(grid), grid)
     plan = _plan(chain)
     for _ in range(GROWTHS):
-        solution = _smooth(_propagated(chain, plan, None)) if resolution is None else _propagated(chain, _Plan.over(plan.points), resolution)
+        solution = _said(_smooth(_propagated(chain, plan, None))) if resolution is None else _propagated(chain, _Plan.over(plan.points), resolution)
         mass = tuple(p * lattice.area for p, lattice in zip(solution.density, solution.lattices, strict=True))
         out = plane_optimum.solve(chain, solution.lattices, mass, resolution is not None, evaluate)
         steered = PlaneChain(problem, out.policy, grid)
@@ -226,6 +226,7 @@ class _Solution:
     gap2: Array  # (N,), E |mu - s|^2
     missed: Array  # (N, 2), what every other row, or column, of nodes misses
     source: Source  # of the last step
+    rough: float = 0.0  # what half of the last nodes miss of E r, relative, where lattices were refined for it
 
     def mass(self, i: int) -> Array:
         """Probabilities of the nodes, (n,)."""
@@ -352,18 +353,25 @@ def _propagated(chain: PlaneChain, plan: _Plan, resolution: float | None) -> _So
 
 
 def _smooth(solution: _Solution) -> _Solution:
-    """The last lattice refined until the reward is smooth on it; a warning where it never is."""
+    """The last lattice refined until the reward is smooth on it, or nodes run out."""
     chain, lattice, density = solution.chain, solution.lattices[-1], solution.density[-1]
     before = sum(other.size for other in solution.lattices[:-1])
     while np.max(error := parity_of_sum(density * _reward_on(chain.problem, lattice))) > ALIASING:
         finer = lattice.finer(shrink(error, ALIASING))
         visits = solution.lattices[-2].size * finer.window(REACH)
         if finer.size > MOST_FOR_REWARD or before + finer.size > MOST_TOGETHER or visits > MOST_VISITS:
-            warnings.warn(f"reward: not smooth on {lattice.shape[0]} x {lattice.shape[1]} nodes; expectations are off by up to "
-                          f"{np.max(error):.1g}, relative", RuntimeWarning, stacklevel=5)
             break
         lattice, density = finer, solution.source.onto(finer).sum(axis=(0, 1))
-    return replace(solution, lattices=(*solution.lattices[:-1], lattice), density=(*solution.density[:-1], density))
+    return replace(solution, lattices=(*solution.lattices[:-1], lattice), density=(*solution.density[:-1], density), rough=float(np.max(error)))
+
+
+def _said(solution: _Solution) -> _Solution:
+    """The solution, with a warning where the reward is not smooth on its last lattice."""
+    if solution.rough > ALIASING:
+        n1, n2 = solution.lattices[-1].shape
+        warnings.warn(f"reward: not smooth on {n1} x {n2} nodes; expectations are off by up to {solution.rough:.1g}, relative",
+                      RuntimeWarning, stacklevel=5)
+    return solution
 
 
 def _plan(chain: PlaneChain) -> _Plan:
@@ -390,9 +398,15 @@ def _plan(chain: PlaneChain) -> _Plan:
 
 
 def _solve(chain: PlaneChain, resolution: float | None) -> _Solution:
+    return _said(_solved(chain, None if resolution is None else check.number("resolution", resolution, at_least=0.25)))
+
+
+@lru_cache(maxsize=2)
+def _solved(chain: PlaneChain, resolution: float | None) -> _Solution:
+    """Cached by identity: truth and value of a chain are asked for one after the other."""
     if resolution is None:
         return _smooth(_propagated(chain, _plan(chain), None))
-    return _propagated(chain, _Plan.over(_plan(chain).points), check.number("resolution", resolution, at_least=0.25))
+    return _propagated(chain, _Plan.over(_plan(chain).points), resolution)
 
 
 # ---- what evaluate and value are made of -----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ctrl.exact.lattice import Lattice
 from ctrl.exact.line import as_gradient
 from ctrl.exact.truth import ExactGradient, Terminal, Truth
 from ctrl.laws import Gaussian, Law
-from ctrl.policy import Policy
+from ctrl.policy import Parts, Policy
 from ctrl.problem import Problem
 from ctrl.schedule import Coefficients, TimeGrid
 
@@ -34,6 +34,10 @@ class PlaneChain:
     problem: Problem
     policy: Policy
     grid: TimeGrid
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        return self.policy.parts(self.grid)
 
     @cached_property
     def c(self) -> Coefficients:
@@ -87,12 +91,8 @@ class PlaneChain:
 
     def step(self, i: int, x: Array) -> tuple[Array, Array]:
         """m_i(x) and mu - s, (n, 2) each."""
-        parts, score = self.policy.parts(self.grid), self.score(i, x)
-        if parts is not None and parts.laws is not None and parts.laws[i] is self.problem.marginal(float(self.grid.times[i])):
-            gap = x @ parts.K[i].T + parts.k[i]  # the score itself need not be computed a second time
-            return self.moved(i, x, score + gap), gap
-        a = self.policy.mean(self.grid, i, x)
-        return self.moved(i, x, a), a - score
+        a, gap = self.problem.mean_and_departure(self.policy, self.parts, self.grid, i, x)
+        return self.moved(i, x, a), gap
 
     def slopes(self, i: int, x: Array) -> tuple[Array, Array]:
         """dm/dx and d(mu - s)/dx, (n, 2, 2) each."""
@@ -135,6 +135,12 @@ def plane_chain(problem: Problem, policy: Policy, grid: TimeGrid) -> PlaneChain:
     if problem.dim != 2:
         raise ValueError(f"problem: expected dimension 2 for the plane, got {problem.dim}")
     problem.check_policy(policy, grid)
+    return _chain(problem, policy, grid)
+
+
+@lru_cache(maxsize=16)
+def _chain(problem: Problem, policy: Policy, grid: TimeGrid) -> PlaneChain:
+    """Cached by identity, so that what solvers keep of a chain is found again."""
     return PlaneChain(problem, policy, grid)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from numba import njit, prange
 from ctrl import check
 from ctrl.check import Array
 from ctrl.exact import line_optimum, transport
+from ctrl.exact.lattice import shrink
 from ctrl.exact.line import WIDTH, LineChain, as_gradient, components, line_chain, line_terminal, line_truth
 from ctrl.exact.line_optimum import LineOptimum as LineOptimum
 from ctrl.exact.linear_doob import require_doob
@@ -39,6 +40,7 @@ FEWEST, MOST = 551, 16001  # points of a lattice, when chosen here
 EDGE_DENSITY = 1e-20  # of the peak
 ALIASING = 1e-6  # what half of the nodes may miss, so that all of them miss about 1e-12
 LARGE = 4_000_000  # weights: below, waking other threads costs more than it saves
+SMOOTH, ROUGH = 1e-11, 1e-8  # what half of the nodes may miss of E r, relative: as it should be, and where a warning says so
 BLOCKS = 16  # of sources in the forward kernel: fixed, so that sums do not depend on the number of threads
 
 
@@ -237,9 +239,8 @@ def _propagated(chain: LineChain, lattice: _Lattice, reach: float = REACH) -> _S
     aliasing = 0.0
     density[0] = chain.start_density(lattice.nodes(0))
     for i in range(steps):
-        x, mass = lattice.nodes(i), density[i] * lattice.dx[i]
-        a = chain.action(i, x)
-        centre[i], gap[i] = chain.moved(i, x, a), a - chain.score(i, x)
+        mass = density[i] * lattice.dx[i]
+        centre[i], gap[i] = chain.step(i, lattice.nodes(i))
         s, low, dx = chain.s[i], lattice.low[i + 1], lattice.dx[i + 1]
         even, odd = (_spread(mass[j::2], centre[i, j::2], s, low, dx, n, reach) for j in (0, 1))
         density[i + 1] = even + odd
@@ -271,9 +272,9 @@ def _refuse(chain: LineChain, need: int, points: int | None) -> None:
 
 
 def _solve(chain: LineChain, points: int | None, hull: tuple[Array, Array] | None = None, width: float = WIDTH,
-           reach: float = REACH) -> _Solution:
-    """The law on the smallest lattice that is wide and fine enough for it; `hull` asks for at least that much room."""
-    n = FEWEST if points is None else check.integer("points", points, at_least=3)
+           reach: float = REACH, fewest: int = FEWEST) -> _Solution:
+    """The law on a lattice just wide and fine enough for it; `hull` asks for at least that much room, `fewest` for that many points."""
+    n = fewest if points is None else check.integer("points", points, at_least=3)
     while True:
         low, high = chain.edges(width)
         if hull is not None:
@@ -289,28 +290,40 @@ def _solve(chain: LineChain, points: int | None, hull: tuple[Array, Array] | Non
                 continue
             if solution.aliasing < (ALIASING if points is None else 20 * ALIASING):
                 return solution
-            need = 2 * n - 1  # a score that turns sharply, between components, asks for more than the noise does
+            # a score that turns sharply, between components, asks for more than the noise does
+            need = 1 + math.ceil((n - 1) / float(shrink(np.array(solution.aliasing), ALIASING)))
         if points is not None or need > MOST:
             _refuse(chain, need, points)
         n = need + (need + 1) % 2
 
 
 def _smooth(solution: _Solution, points: int | None) -> _Solution:
-    """Refined until the reward is smooth on the lattice; a warning where it never is."""
-    while (rough := _roughness(solution)) > 1e-11:
+    """Refined until the reward is smooth on the lattice, or points run out."""
+    while _roughness(solution) > SMOOTH:
         lattice = solution.lattice
         finer = 2 * lattice.n - 1
         if points is not None or finer > MOST:
-            if rough > 1e-8:
-                warnings.warn(f"reward: not smooth on {lattice.n} points; expectations are off by up to {rough:.1g}, "
-                              "relative", RuntimeWarning, stacklevel=4)
             break
         solution = _propagated(solution.chain, _Lattice(lattice.low, lattice.dx / 2, finer))
     return solution
 
 
+def _said(solution: _Solution) -> _Solution:
+    """The solution, with a warning where the reward is not smooth on its lattice."""
+    if (rough := _roughness(solution)) > ROUGH:
+        warnings.warn(f"reward: not smooth on {solution.lattice.n} points; expectations are off by up to {rough:.1g}, relative",
+                      RuntimeWarning, stacklevel=4)
+    return solution
+
+
 def _with_room(chain: LineChain, points: int | None) -> _Solution:
     """Solved on a lattice that also covers the pre-trained chain, and can be trusted within 6 standard deviations."""
+    return _said(_roomy(chain, None if points is None else check.integer("points", points, at_least=3)))
+
+
+@lru_cache(maxsize=4)
+def _roomy(chain: LineChain, points: int | None) -> _Solution:
+    """Cached by identity: truth, value and marginals of a chain are asked for one after the other."""
     solution = _solve(chain, points, hull=chain.pretrained.edges(WIDTH))
     lattice, p = solution.lattice, solution.density * solution.lattice.dx[:, None]
     x = np.stack([lattice.nodes(i) for i in range(chain.grid.steps + 1)])
@@ -318,7 +331,7 @@ def _with_room(chain: LineChain, points: int | None) -> _Solution:
     half = 6 * WIDTH / TRUSTED * np.sqrt(np.sum(p * (x - mean[:, None]) ** 2, axis=1))  # of several modes, too
     low, high = np.minimum(x[:, 0], mean - half), np.maximum(x[:, -1], mean + half)
     if np.any(low < x[:, 0]) or np.any(high > x[:, -1]):
-        solution = _solve(chain, points, hull=(low, high))
+        solution = _solve(chain, points, hull=(low, high), fewest=lattice.n)
     return _smooth(solution, points)
 
 
@@ -460,7 +473,7 @@ def doob(problem: Problem, grid: TimeGrid) -> Doob:
     require_doob(problem)
     width, last = WIDTH, np.inf
     for _ in range(8):
-        out = _doob_on(chain, _smooth(_solve(chain, None, width=width), None))
+        out = _doob_on(chain, _said(_smooth(_solve(chain, None, width=width), None)))
         if abs(out.objective - last) <= 1e-12 * max(1.0, abs(out.objective)):
             return out
         width, last = 1.25 * width, out.objective
@@ -546,9 +559,9 @@ class _KernelValue(Value):
             return chain.problem.reward.value(x)
         y = np.ascontiguousarray(x[:, 0])
         self.solution.lattice.require(i, y)
-        a = chain.action(i, y)
-        plain, _ = self._step(i, chain.moved(i, y, a), chain.s[i])
-        return chain.decay(i) * plain + chain.bonus[i] - chain.cost(i, a - chain.score(i, y))
+        centre, gap = chain.step(i, y)
+        plain, _ = self._step(i, centre, chain.s[i])
+        return chain.decay(i) * plain + chain.bonus[i] - chain.cost(i, gap)
 
     def gradient(self, i: int, x: Array) -> Array:
         x, chain = check.points("x", x, 1), self.solution.chain
@@ -556,9 +569,9 @@ class _KernelValue(Value):
             return chain.problem.reward.gradient(x)
         y = np.ascontiguousarray(x[:, 0])
         self.solution.lattice.require(i, y)
-        a, (dm, dgap) = chain.action(i, y), chain.slopes(i, y)
-        _, moment = self._step(i, chain.moved(i, y, a), chain.s[i])
-        push = 2 * chain.problem.kl_weight * chain.c.kappa[i] * chain.c.dt[i] * dgap * (a - chain.score(i, y))
+        (centre, gap), (dm, dgap) = chain.step(i, y), chain.slopes(i, y)
+        _, moment = self._step(i, centre, chain.s[i])
+        push = 2 * chain.problem.kl_weight * chain.c.kappa[i] * chain.c.dt[i] * dgap * gap
         return (chain.decay(i) * dm * moment / chain.s[i] - push)[:, None]
 
     def action_value(self, i: int, x: Array, a: Array) -> Array:

@@ -38,9 +38,7 @@ def _paths(chain: LineChain, first: int, x: Array) -> _Paths:
     states, gap = np.empty((steps + 1 - first, x.size)), np.empty((steps - first, x.size))
     states[0] = x
     for i in range(first, steps):
-        y = states[i - first]
-        a = chain.action(i, y)
-        gap[i - first], states[i - first + 1] = a - chain.score(i, y), chain.moved(i, y, a)
+        states[i - first + 1], gap[i - first] = chain.step(i, states[i - first])
     return _Paths(first, states, gap)
 
 

@@ -61,8 +61,7 @@ class Slopes:
 
 def deviations(run: e.Run) -> Array:
     """a - mu of the sampled actions, (n, N, d)."""
-    assert run.paths.actions is not None
-    return run.paths.actions - np.stack([run.policy.mean(run.grid, i, x) for i, x in enumerate(run.left)], axis=1)
+    return run.actions - np.stack([run.policy.mean(run.grid, i, x) for i, x in enumerate(run.left)], axis=1)
 
 
 @dataclass(frozen=True)

@@ -88,12 +88,12 @@ def rate_errors(case: Case, policy: Policy, gain: str = "h") -> tuple[Array, Arr
 
     gain "g2" plants g^2 in the place of h.  V_i of an entropy-regularised policy holds gamma D H, which Q_i does not.
     """
-    middle = replace(case, steps=2 * (case.steps // 2))
+    middle = case.over(2 * (case.steps // 2))
     x = random_states(middle, middle.steps // 2)
     a, other = tried(middle, policy, middle.steps // 2, x), policy.mean(middle.grid, middle.steps // 2, x)
     dt, error, spread_Q, spread_q = [], [], [], []
     for steps in (40, 80, 160, 320) if case.linear else (20, 40, 80, 160):
-        at, i = replace(case, steps=steps), steps // 2
+        at, i = case.over(steps), steps // 2
         q = exact.advantage(at.problem, policy, at.grid)
         h, g2 = (at.problem.coefficients(at.grid).h[i], at.problem.coefficients(at.grid).g2[i])
         wrong = (g2 - h) * np.sum((a - other) * q.value.gradient(i, x), axis=1) if gain == "g2" else 0.0
@@ -225,8 +225,7 @@ class AdvantageRate(Theorem):
         tested = range(0, case.grid.steps, every)
         sums = []
         for run in runs(case.problem, at.policy, case.grid, case.noise("advantage", 5000 if case.quick else 20_000)):
-            a = run.paths.actions
-            assert a is not None
+            a = run.actions
             sums.append(sum(c.dt[i] * q(i, run.states[:, i], a[:, i]) for i in tested))
         seen = 2 * case.problem.kl_weight * sum(c.dt[i] * c.kappa[i] * float(np.trace(cov[i])) for i in tested)
         total = np.concatenate(sums)
@@ -275,7 +274,7 @@ class AdvantageRate(Theorem):
         for steps in (16 * case.steps, 32 * case.steps):
             fine = case.problem.grid(steps)
             value, j = exact.value(case.problem, at.policy, fine), i * steps // case.steps
-            bonus = entropy_bonus(replace(case, steps=steps), at.policy)[j]
+            bonus = entropy_bonus(case.over(steps), at.policy)[j]
             rates.append((value.action_value(j, x, a) - value(j, x) + bonus) / fine.dt[j])
         _, _, h, kappa = case.problem.schedule.rates(t, case.problem.eta)
         mu, s = at.policy.mean(case.grid, i, x), case.problem.score(t, x)
@@ -340,8 +339,7 @@ def _draw_centred(ax: Axes, case: Case) -> None:
     q, c, cov = exact.advantage(case.problem, at.policy, case.grid), case.problem.coefficients(case.grid), at.policy.exploration_cov(case.grid)
     assert cov is not None
     run = next(iter(runs(case.problem, at.policy, case.grid, case.noise("figure q", 20_000))))
-    a = run.paths.actions
-    assert a is not None
+    a = run.actions
     parts = np.stack([c.dt[i] * q(i, run.states[:, i], a[:, i]) for i in range(case.grid.steps)], axis=1)
     total = np.cumsum(parts, axis=1)
     price = case.problem.kl_weight * c.kappa * c.dt

@@ -341,7 +341,7 @@ class DeterministicSampler(Theorem):
             yield from self._differences(case)
             return
         if not case.linear:
-            case = replace(case, steps=16)  # V.gradient follows a path from every node at every step
+            case = case.over(16)  # V.gradient follows a path from every node at every step
         noise, truth = start_noise(case), case.truth.gradient.theta
         size = float(np.linalg.norm(truth)) or 1.0
 
@@ -596,7 +596,7 @@ def _draw_rates(ax: Axes, case: Case) -> None:
 
 def _draw_spread(ax: Axes, case: Case) -> None:
     """Why there is no score function at eta = 0: its variance, and the path KL, grow like 1/eta^2."""
-    short, etas = replace(case, steps=20), np.array([0.05, 0.1, 0.2, 0.4, 0.8])
+    short, etas = case.over(20), np.array([0.05, 0.1, 0.2, 0.4, 0.8])
     for j, (name, estimator) in enumerate((("score function", RewardToGo()), ("pathwise", Pathwise()))):
         trace = []
         for eta in etas.tolist():

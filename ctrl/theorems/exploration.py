@@ -97,10 +97,9 @@ def conditional_cost(run: Run, *, centred: bool = True) -> Array:
     Any problem, no truth needed.   Source: theory.md, section 3.
     Checked: tests/test_theorem_exploration.py::test_every_verdict_holds
     """
-    assert run.paths.actions is not None
     rate = run.coefficients.kappa * run.coefficients.dt
     mean = np.stack([run.policy.mean(run.grid, i, run.states[:, i]) for i in range(run.grid.steps)], axis=1)
-    off = run.paths.actions - mean
+    off = run.actions - mean
     extra = np.sum(off * (2 * run.departure - off), axis=2)  # |a - s|^2 - |mu - s|^2 with a - s = departure
     return extra @ rate - (action_cost(run.policy, run.problem, run.grid) if centred else 0.0)
 

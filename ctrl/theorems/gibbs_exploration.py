@@ -224,9 +224,8 @@ def action_values(run: Run, value: exact.Value) -> Array:
     Q + cost depends on the mean of the next state alone; on the line a spline through KNOTS exact values a step stands in.
     """
     c, grid, out = run.coefficients, run.grid, np.empty(run.departure.shape[:2])
-    assert run.paths.actions is not None
     for i in range(grid.steps):
-        x, a, keep = run.states[:, i], run.paths.actions[:, i], 1 - c.dt[i] * c.f[i]
+        x, a, keep = run.states[:, i], run.actions[:, i], 1 - c.dt[i] * c.f[i]
         if x.shape[1] > 1 or len(x) <= KNOTS:
             out[:, i] = c.discount[i] * value.action_value(i, x, a)
             continue
@@ -253,8 +252,7 @@ def martingale_steps(run: Run, value: exact.Value) -> Array:
 
 def tested(run: Run, steps: Array) -> Array:
     """sum_i test_i increment_i for the tests 1, x_1, x_2, a_1, a_2 of step i, (n, up to 5)."""
-    assert run.paths.actions is not None
-    tests = np.concatenate([np.ones((*steps.shape, 1)), run.states[:, :-1, :2], run.paths.actions[:, :, :2]], axis=2)
+    tests = np.concatenate([np.ones((*steps.shape, 1)), run.states[:, :-1, :2], run.actions[:, :, :2]], axis=2)
     return np.einsum("nk,nkj->nj", steps, tests)
 
 
@@ -287,7 +285,7 @@ def limit_errors(case: Case) -> tuple[Array, Array, Array, Array, Array]:
     pull, dt, mean_error, cov_error = 2 * problem.kl_weight * kappa, [], [], []
     formula = np.broadcast_to(problem.entropy_weight / pull * np.eye(problem.dim), (len(states), problem.dim, problem.dim))
     for steps in (40, 80, 160, 320) if not case.quick else (20, 40, 80, 160) if case.linear else (40, 60, 80, 100):
-        at, i = replace(case, steps=steps), 2 * steps // 5
+        at, i = case.over(steps), 2 * steps // 5
         if case.linear:
             star, slope = improved(problem, case.exploring, at.grid), exact.limit.value(problem, case.exploring).gradient(t, states)
             cov, mean = star.exploration_cov(at.grid), star.mean(at.grid, i, states)
@@ -549,8 +547,7 @@ class GibbsExploration(Theorem):
             return
         samples = []
         for run in runs(case.problem, behaviour(case.problem, case.grid), case.grid, case.noise("last step", 1300 if case.quick else 8000)):
-            assert run.paths.actions is not None
-            x, a = run.states[:, i], run.paths.actions[:, i]
+            x, a = run.states[:, i], run.actions[:, i]
             gap = run.paths.reward - value.action_value(i, x, a) * run.coefficients.discount[i] - run.cost[:, i]
             samples.append(gap[:, None] * np.concatenate([np.ones((len(x), 1)), x, a], axis=1))
         found, what = np.concatenate(samples), f"{at_eta(case)}last step along another policy's paths"
@@ -619,7 +616,7 @@ def _draw_iteration(ax: Axes, case: Case) -> None:
     """What is missing to the optimum, round by round."""
     for j, (make, steps, label) in enumerate(((improved, case.steps, "Gibbs policy"), (continuous, case.steps, "continuous formula"),
                                               (continuous, 4 * case.steps, "continuous formula"))):
-        at = replace(case, steps=steps)
+        at = case.over(steps)
         best, missing = exact.optimum(at.problem, at.grid).objective, []
         policy: Policy = at.exploring
         for _ in range(ROUNDS + 1):

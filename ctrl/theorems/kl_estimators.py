@@ -239,7 +239,7 @@ class Bare:
         problem = replace(case.problem, reward=LinearReward(np.zeros(case.problem.dim)), kl_weight=1.0, discount=0.0, entropy_weight=0.0)
         case = replace(case, problem=problem)
         if not case.linear:
-            case = replace(case, steps=case.steps // 2)
+            case = case.over(case.steps // 2)
         pilot = float(simulate(problem, case.policy, case.grid, case.noise("pilot", 1000)).penalty.mean())
         return cls(case, case.policy).departing(np.sqrt(min(nats / pilot, 1.0)))
 
@@ -249,7 +249,7 @@ class Bare:
         return replace(self, policy=self.policy.with_theta(origin + share * (self.policy.theta - origin)))
 
     def on(self, steps: int) -> Bare:
-        return Bare(replace(self.case, steps=steps), self.policy)
+        return Bare(self.case.over(steps), self.policy)
 
     @property
     def solvable(self) -> bool:

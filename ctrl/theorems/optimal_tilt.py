@@ -115,7 +115,7 @@ class Optima:
     @cached_property
     def few(self) -> Optima:
         """The same with few steps."""
-        return Optima(replace(self.case, steps=FEW)) if self.case.steps > FEW else self
+        return Optima(self.case.over(FEW)) if self.case.steps > FEW else self
 
     @cached_property
     def ends(self) -> tuple[Array, Array]:
@@ -165,7 +165,7 @@ def solved(case: Case) -> bool:
 
 def resolved(case: Case) -> bool:
     """Quadrature resolves the reward; else it warns."""
-    at = replace(case.at(1.0), steps=FEW)
+    at = case.at(1.0).over(FEW)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "reward: not smooth", RuntimeWarning)
         try:
@@ -340,7 +340,7 @@ class OptimalTilt(Theorem):
             yield self.skipped(case, f"a reward that moves by {np.ptp(r):.1g} tilts nothing that shows at λ = {case.problem.kl_weight:g}")
             return
         if case.quick and not case.linear:
-            case = replace(case, steps=min(case.steps, FEW))
+            case = case.over(min(case.steps, FEW))
         yield from self._divergences(case, r)
         if case.planar and (brief := case.brief).solvable:
             yield from self._samples_of_the_data(case)

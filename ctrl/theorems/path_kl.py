@@ -9,7 +9,7 @@ are h D (mu - s) apart.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -137,7 +137,7 @@ class PathKL(Theorem):
         yield self._step_identity(case, tag)
         yield self._noise_form(case, tag)
         if case.linear:
-            short = replace(case, steps=JOINT_STEPS)
+            short = case.over(JOINT_STEPS)
             here = JointLaw.of(LinearChain(short.problem, short.policy, short.grid))
             pre = JointLaw.of(LinearChain(short.problem, short.problem.pretrained(short.grid), short.grid))
             yield self.exact(case, here.kl(pre), short.truth.path_kl, 1e-10, f"{tag}KL of the joint path laws = left-point sum")
@@ -147,10 +147,10 @@ class PathKL(Theorem):
             rates = [exact.limit.marginal_kl_rate(case.problem, case.policy, t * case.problem.horizon) for t in (0.2, 0.5, 0.9)]
             yield self.exact(case, [r.formula for r in rates], [r.derivative for r in rates], 1e-8, f"{tag}rate of the marginal KL")
         elif case.problem.dim == 1:
-            short = replace(case, steps=8)
+            short = case.over(8)
             yield self.exact(case, dense_path_kl(short), short.truth.path_kl, 1e-9, f"{tag}E log-ratio of densities on a lattice = left-point sum")
         if not case.linear and case.solvable:
-            short = replace(case, steps=8)
+            short = case.over(8)
             ordered = float(short.truth.terminal_kl <= short.truth.path_kl)
             yield self.exact(case, ordered, 1.0, 0.0, f"{tag}terminal KL <= path KL")
 
@@ -239,7 +239,7 @@ class PathKL(Theorem):
             else:
                 yield self.planted(case, weight @ squared, case.truth.path_kl, 1e-9, f"{tag}{what}")
         yield self.planted(case, reverse_kl(case), case.truth.path_kl, 1e-9, f"{tag}reverse KL, i.e. expectation over P_pre states")
-        short = replace(case, steps=JOINT_STEPS)
+        short = case.over(JOINT_STEPS)
         yield self.planted(case, mismatched_eta_kl(short, 1.1), short.truth.path_kl, 1e-9, f"{tag}eta of the policy unlike eta of the reference")
         rate = exact.limit.marginal_kl_rate(case.problem, case.policy, 0.5 * case.problem.horizon)
         fisher = marginal_fisher(case, 0.5 * case.problem.horizon)
@@ -275,12 +275,12 @@ class PathKL(Theorem):
     def _draw_sampled(self, ax: style.Axes, case: Case, steps: Array) -> None:
         for j, eta in enumerate((0.5, 1.0, 1.5)):
             at = case.at(eta)
-            cases = [replace(at, steps=int(n)) for n in steps]
+            cases = [at.over(int(n)) for n in steps]
             ax.plot(steps, [c.truth.path_kl for c in cases], color=style.COLOURS[j], linestyle=style.LINES[j], label=f"path KL, η = {eta:g}")
             sampled = [self._ratios(c, 20_000)[0] for c in cases]
             ax.errorbar(steps, [s.mean() for s in sampled], [1.96 * s.std() / np.sqrt(len(s)) for s in sampled], fmt=style.MARKERS[j],
                         color=style.COLOURS[j], capsize=2)
-        terminal = [replace(case, steps=int(n)).truth.terminal_kl for n in steps]
+        terminal = [case.over(int(n)).truth.terminal_kl for n in steps]
         ax.plot(steps, terminal, color=style.GREY, linestyle=":", label="terminal KL, η = 1")
         ax.set(xscale="log", ylim=(0, None), xlabel="steps N", ylabel="KL (nats)", title="Exact (lines), mean log-ratio ± 95 % (points)")
         style.log_ticks(ax, steps, [str(n) for n in steps])
@@ -288,7 +288,7 @@ class PathKL(Theorem):
 
     def _draw_wrong(self, ax: style.Axes, case: Case, steps: Array) -> None:
         at = case.at(0.5)
-        cases = [replace(at, steps=int(n)) for n in steps]
+        cases = [at.over(int(n)) for n in steps]
         squared = [LinearChain(c.problem, c.policy, c.grid).mean_departure for c in cases]
         ax.plot(steps, [c.truth.path_kl for c in cases], color="black", linewidth=2.5, label="path KL")
         for j, (what, _, _) in enumerate(wrong_rates(at)[:6]):

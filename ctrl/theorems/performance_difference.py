@@ -197,12 +197,12 @@ class PerformanceDifference(Theorem):
 
     def checks(self, case: Case) -> Iterator[Verdict]:
         if not (case.linear or case.problem.dim == 1):
-            yield from self._last_step(replace(case, steps=10))
+            yield from self._last_step(case.over(10))
             for eta in case.etas:
                 yield from self._sampled_fisher(case.at(eta, entropy_weight=0.0))
             yield self.skipped(case, "Q and V before the last step, and the surrogate made of them: no exact truth here")
             return
-        case = replace(case, steps=max(case.steps // ((1 if case.linear else 2) * (2 if case.quick else 1)), 2))
+        case = case.over(max(case.steps // ((1 if case.linear else 2) * (2 if case.quick else 1)), 2))
         for eta in (*case.etas, 0.0):
             here, thorough = case.at(eta), case.linear or not case.quick
             if eta == 0 and not case.linear:
@@ -232,7 +232,7 @@ class PerformanceDifference(Theorem):
             if case.linear or (eta == 1 and not quick):
                 yield from self._limit(at)
         if eta > 0 and ((eta == 1) == case.linear or (case.linear and not quick)):  # at eta = 1 the bump's gap is small
-            yield from self._sampled(walked(replace(case, steps=10 if quick else 20))[0])
+            yield from self._sampled(walked(case.over(10 if quick else 20))[0])
 
     def _moves(self, at: Walked, seed: str) -> list[Move]:
         """A few steps in random directions, so far that nothing is local; on the line within reach of V's lattice."""
@@ -326,7 +326,7 @@ class PerformanceDifference(Theorem):
     def _fisher(self, case: Case) -> Iterator[Verdict]:
         """KL(P_theta || P_{theta + d}) without kappa, against 1/2 d'Fd; F as the covariance of the score."""
         where, policy = at_eta(case), case.policy
-        short = replace(case, steps=JOINT_STEPS if case.linear else LATTICE_STEPS)
+        short = case.over(JOINT_STEPS if case.linear else LATTICE_STEPS)
         F = fisher(Walked(short, policy, "mean actions"))
         unit = directions(case, "fisher", 1)[0]
         steps = [size * unit for size in ((0.05, 0.3, 1.0) if case.linear else (0.05, 0.2))]
@@ -340,7 +340,7 @@ class PerformanceDifference(Theorem):
         yield self.exact(case, half, kl, allowed, f"{where}½ δ'Fδ = KL(P_θ || P_(θ+δ)) by {by}, |δ| up to {np.linalg.norm(steps[-1]):.2g}")
         yield self.planted(case, 0.5 * np.array(half), kl, allowed, f"{where}the missing 2 in F")
         if case.linear and pattern_steps(case) > 1:
-            short = replace(case, steps=pattern_steps(case))
+            short = case.over(pattern_steps(case))
             noise = Noise.signs(short.problem, policy, short.grid)
             score = np.concatenate([Score().samples(run) for run in runs(short.problem, policy, short.grid, noise)])
             F = fisher(Walked(short, policy, "mean actions"))
@@ -351,7 +351,7 @@ class PerformanceDifference(Theorem):
 
     def _sampled_fisher(self, case: Case) -> Iterator[Verdict]:
         """(S.d)^2 and d'Fd along the same paths: the score's variance is the Fisher information, whatever the problem."""
-        case, where = replace(case, steps=10), at_eta(case)
+        case, where = case.over(10), at_eta(case)
         unit, c, parts = directions(case, "fisher", 1)[0], case.problem.coefficients(case.grid), []
         for run in runs(case.problem, case.policy, case.grid, case.noise("fisher", 8000 if case.quick else 20_000)):
             moved = [case.policy.jacobian_theta(case.grid, i, run.states[:, i]) @ unit for i in range(case.steps)]
@@ -388,7 +388,7 @@ class PerformanceDifference(Theorem):
         step = (0.3 if case.linear else 0.1) * np.eye(at.policy.theta.size)[0]
 
         def curve(steps: int) -> float:
-            here = Walked(replace(case, steps=steps), at.policy, at.actions)
+            here = Walked(case.over(steps), at.policy, at.actions)
             move, c = Move(here, here.moved(step)), case.problem.coefficients(here.case.grid)
             q = exact.advantage(case.problem, at.policy, here.case.grid)
             total = float((c.discount * c.dt) @ move.to.states.acting(here.case, move.to.policy).mean(q))
@@ -529,8 +529,7 @@ def _draw_fisher(ax: Axes, at: Walked) -> None:
     ax.loglog(sizes, [LogRatio.of(case, at.policy, other).means[0] for other in others], linestyle="none", marker="s", markersize=8,
               markerfacecolor="none", color="black", label="KL of the joint Gaussian laws")
     run, c = next(runs(case.problem, at.policy, case.grid, case.noise("figure KL", 3000))), case.problem.coefficients(case.grid)
-    assert run.paths.actions is not None
-    change = np.stack([others[0].mean(case.grid, i, run.states[:, i]) for i in range(case.steps)], axis=1) - run.paths.actions
+    change = np.stack([others[0].mean(case.grid, i, run.states[:, i]) for i in range(case.steps)], axis=1) - run.actions
     back = -change / sizes[0] * (c.h * c.dt / c.noise)[:, None]  # mu is linear in theta: one change serves every size
     for size in sizes:
         k1 = np.sum(size * back * run.xi + 0.5 * (size * back) ** 2, axis=(1, 2))

@@ -9,7 +9,7 @@ rounding; wrong formulas that people really write are shown to miss it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -180,7 +180,7 @@ class PolicyGradient(Theorem):
         if case.linear:
             yield from self._by_sign_patterns(case, tag)
         elif case.problem.dim == 1:
-            short = replace(case, steps=20)
+            short = case.over(20)
             measured, expected = differentiated(short), short.truth.gradient.theta
             yield self.exact(case, measured, expected, 1e-8, f"{tag}gradient by Stein's lemma = Richardson difference of J")
         else:
@@ -188,7 +188,7 @@ class PolicyGradient(Theorem):
 
     def _by_sign_patterns(self, case: Case, tag: str) -> Iterator[Verdict]:
         """Every estimator, and every planted error, on all sign patterns of a short chain: expectations without sampling."""
-        short = replace(case, steps=pattern_steps(case))
+        short = case.over(pattern_steps(case))
         noise = Noise.signs(short.problem, short.policy, short.grid)
         expected, what = short.truth.gradient.theta, f"{noise.paths} sign patterns, N = {short.steps}"
         for name, estimator in estimators(short.value):
@@ -210,7 +210,7 @@ class PolicyGradient(Theorem):
         if steps < 1:
             yield self.skipped(case, f"{tag}action noise by sign patterns: more than 2^{PATTERN_VARIABLES} patterns in d = {d}")
             return
-        short = replace(case, steps=steps)
+        short = case.over(steps)
         noise = Noise.signs(short.problem, short.exploring, short.grid)
         truth = exact.evaluate(short.problem, short.exploring, short.grid).gradient.theta
         for name, estimator in (("action noise", ActionNoise()), ("action noise, reward-to-go", ActionNoise(reward_to_go=True))):
@@ -223,7 +223,7 @@ class PolicyGradient(Theorem):
         yield self.planted(case, wrong / np.linalg.norm(truth), truth / np.linalg.norm(truth), UNBIASED, f"{tag}G_(i+1) with action noise")
 
     def _monte_carlo_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
-        case = case if case.planar else replace(case, steps=20)
+        case = case if case.planar else case.over(20)
         paths = sample_size(case)
         noise = case.noise("gradient", paths)
         value = self._value(case, noise)
@@ -296,7 +296,7 @@ class PolicyGradient(Theorem):
     def figure(self, case: Case) -> Figure:
         """Left: estimators against the exact gradient; middle: bias of the planted errors; right: order towards the limit."""
         with style.panels(3, "policy_gradient: one gradient, many estimators", width=4.6, height=3.8) as (figure, (left, middle, right)):
-            self._draw_estimates(left, replace(case, steps=20))
+            self._draw_estimates(left, case.over(20))
             self._draw_bias(middle, case.at(0.5))
             for j, eta in enumerate((0.5, 1.0, 1.5)):
                 at, steps = case.at(eta), np.array([25, 50, 100, 200, 400, 800])
@@ -324,7 +324,7 @@ class PolicyGradient(Theorem):
         ax.legend(loc="lower right")
 
     def _draw_bias(self, ax: style.Axes, case: Case) -> None:
-        short = replace(case, steps=pattern_steps(case))
+        short = case.over(pattern_steps(case))
         noise, truth = Noise.signs(short.problem, short.policy, short.grid), short.truth.gradient.theta
 
         def relative(estimator: Estimator) -> float:

@@ -478,7 +478,7 @@ class ValueAnsatz(Theorem):
 
     def _learning(self, case: Case) -> Iterator[Verdict]:
         """The martingale loss from few paths: with the skeleton and without, in a fixed class of F."""
-        world = World(Solved(replace(case, steps=LEARNING_STEPS), case.policy, "mean actions"))
+        world = World(Solved(case.over(LEARNING_STEPS), case.policy, "mean actions"))
         if world.size < 1e-12:
             yield self.skipped(case, "learning: V is a function of time alone")
             return
@@ -553,7 +553,7 @@ def compared(batch: Batch, degree: int) -> str:
 def _draw_gap(ax: Axes, case: Case) -> None:
     """V - r(E_eta[X_T | x]) over time: closed form, and pairs (X_i, X_N) of simulated paths."""
     for j, eta in enumerate((1.0, 0.5, 0.25)):
-        at = replace(case.at(eta), steps=160)
+        at = case.at(eta).over(160)
         problem, grid, zero = at.problem, at.grid, np.zeros((1, case.problem.dim))
         t = np.linspace(0.0, problem.horizon, 101)
         gap = [float((lifted(problem, zero, generated(problem, s)[2]) - problem.reward.value(zero))[0]) for s in t]
@@ -597,7 +597,7 @@ def _draw_orders(ax: Axes, case: Case) -> None:
 
 def _draw_learning(ax: Axes, case: Case) -> None:
     """Errors of learned values against the number of paths, F affine and F quadratic; dotted: all paths."""
-    world = World(Solved(replace(case.at(1.0), steps=LEARNING_STEPS), case.policy, "mean actions"))
+    world = World(Solved(case.at(1.0).over(LEARNING_STEPS), case.policy, "mean actions"))
     counts, batch = np.array([16, 32, 64, 128, 256]), Batch.simulated(world, "figure learning", 16, 256)
     for j, (family, name) in enumerate(((Class(PLAIN, 1), "plain, F affine"), (Class(COSINE, 1), "skeleton, F affine"),
                                         (Class(PLAIN, 2), "plain, F quadratic"), (Class(COSINE, 2), "skeleton, F quadratic"))):

@@ -256,7 +256,7 @@ class Flattened:
     @classmethod
     def on(cls, case: Case, steps: int) -> Flattened:
         """At the mean and one deviation from it along every axis; on the line at random states."""
-        at, i = solved(replace(case, steps=steps))[0], steps // 2
+        at, i = solved(case.over(steps))[0], steps // 2
         if not case.linear:
             truth = at.value.gradient(i, random_states(at.case, i))
             return cls(scaled_residual(at).least[i, 0] * truth, truth, None)

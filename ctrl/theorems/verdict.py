@@ -8,7 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,14 +105,11 @@ class Case:
         """The same case at another eta (and other fields of the problem); one object, with what it has computed, for equal changes."""
         if eta == self.problem.eta and not changes:
             return self
-        key = eta, *changes.items()
-        if key not in self._others:
-            self._others[key] = replace(self, problem=replace(self.problem, eta=eta, **changes))
-        return self._others[key]
+        return _case(self.name, _altered(self.problem, ("eta", eta), *changes.items()), self.quick, self.seed, self.steps, self.own)
 
-    @cached_property
-    def _others(self) -> dict[tuple[Any, ...], Case]:
-        return {}
+    def over(self, steps: int) -> Case:
+        """The same case over so many steps; one object, with what it has computed, for equal numbers."""
+        return self if steps == self.steps else _case(self.name, self.problem, self.quick, self.seed, int(steps), self.own)
 
     @property
     def etas(self) -> tuple[float, ...]:
@@ -133,7 +130,7 @@ class Case:
     @property
     def brief(self) -> Case:
         """The case with no more steps than an affordable truth allows: itself, except in the plane."""
-        return replace(self, steps=IN_PLANE) if self.planar and self.steps > IN_PLANE else self
+        return self.over(IN_PLANE) if self.planar and self.steps > IN_PLANE else self
 
     @cached_property
     def solvable(self) -> bool:
@@ -158,19 +155,15 @@ class Case:
     def grid(self) -> TimeGrid:
         return self.problem.grid(self.steps)
 
-    @cached_property
+    @property
     def policy(self) -> BasisPolicy:
         """A departure from the pre-trained score with a part that depends on x (section 16 says why)."""
-        d = self.problem.dim
-        if isinstance(self.problem.data, Gaussian):
-            return BasisPolicy.scaled(self.problem, scale=0.9, shift=np.full(d, 0.1))
-        return BasisPolicy(self.problem, Monomials(0, self.problem.horizon), W=-0.2 * np.eye(d)[None], w=np.full((1, d), 0.2))
+        return _policy(self.problem)
 
-    @cached_property
+    @property
     def exploring(self) -> BasisPolicy:
         """The same mean with sampled actions; Sigma = 0.4 I + 0.1, not diagonal, so that a transposed factor shows."""
-        d = self.problem.dim
-        return self.policy.with_exploration(0.4 * np.eye(d) + np.full((d, d), 0.1))
+        return _exploring(self.problem)
 
     @property
     def paths(self) -> int:
@@ -188,6 +181,33 @@ class Case:
     @cached_property
     def value(self) -> exact.Value:
         return exact.value(self.problem, self.policy, self.grid)
+
+
+# Cached by identity, so that what one theorem has computed of a case the others find.
+
+
+@lru_cache(maxsize=32)
+def _case(name: str, problem: Problem, quick: bool, seed: int, steps: int, own: bool) -> Case:
+    return Case(name, problem, quick, seed, steps, own)
+
+
+@lru_cache(maxsize=64)
+def _altered(problem: Problem, *changes: tuple[str, Any]) -> Problem:
+    return replace(problem, **dict(changes))
+
+
+@lru_cache(maxsize=64)
+def _policy(problem: Problem) -> BasisPolicy:
+    d = problem.dim
+    if isinstance(problem.data, Gaussian):
+        return BasisPolicy.scaled(problem, scale=0.9, shift=np.full(d, 0.1))
+    return BasisPolicy(problem, Monomials(0, problem.horizon), W=-0.2 * np.eye(d)[None], w=np.full((1, d), 0.2))
+
+
+@lru_cache(maxsize=64)
+def _exploring(problem: Problem) -> BasisPolicy:
+    d = problem.dim
+    return _policy(problem).with_exploration(0.4 * np.eye(d) + np.full((d, d), 0.1))
 
 
 class Theorem(ABC):
