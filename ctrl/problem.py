@@ -61,7 +61,7 @@ class Problem:
 
     def grid(self, steps: int) -> TimeGrid:
         """A uniform grid of `steps` steps on [0, T]; one object for equal numbers, so that what is cached by grid is found again."""
-        return _uniform(check.integer("steps", steps, at_least=1), self.horizon)
+        return _uniform(self, check.integer("steps", steps, at_least=1))
 
     def marginal(self, t: float) -> Law:
         """The noised data law p_{T-t} at generation time t in [0, T]."""
@@ -164,8 +164,8 @@ class Problem:
 
 
 @lru_cache(maxsize=256)
-def _uniform(steps: int, horizon: float) -> TimeGrid:
-    return TimeGrid.uniform(steps, horizon)
+def _uniform(problem: Problem, steps: int) -> TimeGrid:
+    return TimeGrid.uniform(steps, problem.horizon)
 
 
 @lru_cache(maxsize=256)
