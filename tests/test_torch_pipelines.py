@@ -687,7 +687,8 @@ def test_methods_are_compared_on_pixels(pixels, tmp_path):
     assert set(frames["runs"]["method"]) == set(frames["snr"]["method"]) == {"score-function", "dpok"}
     assert not any("regret" in frame for frame in frames.values()) and frames["runs"]["stopped"].isna().all()
     for said in ("by objective", "no J*, no regret, no ideal frontier: no reference samples", "no judged share",
-                 "left out, as the reward has no gradient: pathwise", "on the way of temporal-difference",
+                 "left out, as the reward has no gradient: pathwise", "no runs at other prices of the KL: dpok\n",
+                 "on the way of temporal-difference",
                  "learning rates are those that suit digits", "before the first update: reward"):
         assert said in text
     evaluations = frames["runs"].set_index("method")["network_evaluations"]
