@@ -526,6 +526,10 @@ def test_infinite_loss_moves_nothing(done, tmp_path, monkeypatch):
     with pytest.raises(f.TrainingStopped, match=r"update 3 of ValueGradient: loss is -?inf|nan; last good checkpoint: none yet"):
         f._train(last, None, tmp_path / "checkpoint.safetensors")
     assert same(last.tensors(), before)
+    monkeypatch.setattr(objectives.ValueGradient, "loss", lambda self, run: {}["score"])
+    with pytest.raises(KeyError) as raised:  # other people's error keeps its name and its place, and says ours
+        f._train(last, None, tmp_path / "checkpoint.safetensors")
+    assert raised.value.__notes__ == ["update 3 of ValueGradient: training stopped; last good checkpoint: none yet"]
 
 
 @pytest.mark.parametrize("sound", [None, lambda training: True], ids=["as it is", "planted"])
@@ -572,6 +576,7 @@ def test_refusals_before_the_long_work(done, user, tmp_path, capsys):
     words = arguments(replace(settings, steps=4, seed=2), "--resume", "method:ppo")
     assert f"expected the settings of the run in {settings.out}, got other values of method, steps, seed" in refused(main(words))
     assert "expected a differentiable reward" in refused(user("plain", method="value-gradient", cache=tmp_path / "cache"))
+    assert f"reward: expected misspelt in the file of {tmp_path / 'rewards.py'}:misspelt, got none" in refused(user("misspelt"))
     other = replace(settings, out=tmp_path / "other")
     assert "label: expected a class of the data (0 ... 3), got 7" in refused(main(arguments(other, "reward:class", "--reward.label", "7")))
     assert "eta: expected eta > 0" in refused(main(arguments(other, "--eta", "0", "method:ppo")))

@@ -237,8 +237,8 @@ def test_a_pipeline_is_read_as_it_is(tmp_path, prediction):
         torch.testing.assert_close(found.decode(x), pipeline.vae.decode(x / 0.2).sample)
 
 
-def test_prompts_are_a_context():
-    """Sliced, in turn, and each for several times."""
+def test_prompts_are_a_context(tmp_path):
+    """Sliced, in turn, and each for several times; from a file, which is never itself a prompt."""
     prompts = Prompts(("a", "b", "c"), (torch.arange(3.0).reshape(3, 1, 1), torch.arange(3.0)[:, None]))
     assert prompts.cycled(5).texts == ("a", "b", "c", "a", "b")
     assert [x.flatten().tolist() for x in prompts.cycled(5).read] == [[0, 1, 2, 0, 1]] * 2
@@ -247,6 +247,14 @@ def test_prompts_are_a_context():
     assert [x.flatten().tolist() for x in prompts[1:].repeated(2).read] == [[1, 1, 2, 2]] * 2
     assert prompts[1:].repeated(2).numbers == (1, 1, 2, 2) and prompts.cycled(4, first=2)[1:].numbers == (0, 1, 2)
     assert prompts_of(("cat", "dog"), "a photo of a {}") == ("a photo of a cat", "a photo of a dog")
+    file = tmp_path / "prompts.txt"
+    for content, said in ((None, "No such file"), (b"", "without any"), (b"caf\xe9", "can't decode")):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^prompts: expected a file .*{said}"):
+            prompts_of((str(file),))
+    file.write_bytes("\ufeffa café\r\n\n b\n".encode())
+    assert prompts_of((str(file),)) == ("a café", "b")
 
 
 def settings(folder, out, **changed):
@@ -679,7 +687,8 @@ def test_methods_are_compared_on_pixels(pixels, tmp_path):
     assert set(frames["runs"]["method"]) == set(frames["snr"]["method"]) == {"score-function", "dpok"}
     assert not any("regret" in frame for frame in frames.values()) and frames["runs"]["stopped"].isna().all()
     for said in ("by objective", "no J*, no regret, no ideal frontier: no reference samples", "no judged share",
-                 "left out, as the reward has no gradient: pathwise", "on the way of temporal-difference",
+                 "left out, as the reward has no gradient: pathwise", "no runs at other prices of the KL: dpok\n",
+                 "on the way of temporal-difference",
                  "learning rates are those that suit digits", "before the first update: reward"):
         assert said in text
     evaluations = frames["runs"].set_index("method")["network_evaluations"]

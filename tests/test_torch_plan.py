@@ -237,6 +237,13 @@ def test_runs_without_a_plan(tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out
         assert said in printed and ("plan:" in printed) == bool(said) and (run.out / "summary.json").exists()
 
+    def undefined(*_):
+        raise FloatingPointError("reward is nan")
+
+    monkeypatch.setattr(p, "plan", undefined)
+    f._plan(None, settings, f.Alone(torch.device("cpu")))
+    assert capsys.readouterr().out == "plan: none, as numbers of its trial are not finite: reward is nan\n"
+
 
 def test_words():
     """The largest phase is named; too little memory is said, with what helps."""

@@ -596,6 +596,8 @@ def said(settings: Compare, task: Task, frames: dict[str, pd.DataFrame]) -> list
     out = [_of_optimum(settings, task)]
     if "frontier" in settings.parts and len(task.reference) and "ideal" not in frames:
         out.append("no ideal frontier: no price of the KL has weights of enough reference samples")
+    if "frontier" in settings.parts and (off := [name_of(method) for method in settings.methods if not isinstance(method, ON_FRONTIER)]):
+        out.append(f"no runs at other prices of the KL: {', '.join(off)}")
     if task.judge is None:
         out.append("no judged share: a judge is there for classes of the data alone")
     if left := [name_of(method) for method in settings.methods if method.differentiates and not differentiable(task)]:

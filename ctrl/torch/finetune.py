@@ -330,12 +330,18 @@ class Training:
 
     @contextmanager
     def stopping(self, doing: str, checkpoint: Path) -> Iterator[None]:
-        """What cannot go on stops with its place, its method and what is kept."""
+        """What cannot go on stops with its place, its method and what is kept; an error of other people's code says so beside where it was raised."""
+        def said(why: str) -> str:
+            last = f"{checkpoint} (update {self.kept})" if self.kept else "none yet"
+            return f"{doing} of {type(self.settings.method).__name__}: {why}; last good checkpoint: {last}"
+
         try:
             yield
         except (ValueError, FloatingPointError, OSError) as error:
-            last = f"{checkpoint} (update {self.kept})" if self.kept else "none yet"
-            raise TrainingStopped(f"{doing} of {type(self.settings.method).__name__}: {error}; last good checkpoint: {last}") from error
+            raise TrainingStopped(said(str(error))) from error
+        except Exception as error:
+            error.add_note(said("training stopped"))
+            raise
 
 
 @contextmanager
@@ -425,8 +431,8 @@ def _plan(outlined: Task, settings: Finetune, accelerator: Accelerator) -> None:
 
     try:
         planned = str(plan(outlined, settings, accelerator.num_processes))
-    except FloatingPointError:
-        planned = "plan: none, as numbers of the model that is not trained yet are not finite"
+    except FloatingPointError as error:  # perhaps of a model that is not trained yet
+        planned = f"plan: none, as numbers of its trial are not finite: {error}"
     except torch.OutOfMemoryError:
         planned = "plan: none, as updates of two or three paths in a forward pass do not fit in memory; those of one may, see --at-once"
     gc.collect()  # a trial refers to itself, and holds as much as the run between its updates

@@ -266,8 +266,13 @@ def prompts_of(source: tuple[str, ...], template: str = "{}") -> tuple[str, ...]
     Source: theory.md, section 1 (context).   Checked: tests/test_torch_pipelines.py::test_prompts_are_a_context
     """
     lines: Sequence[str] = source
-    if len(source) == 1 and Path(source[0]).is_file():
-        lines = [line.strip() for line in Path(source[0]).read_text().splitlines() if line.strip()]
+    if len(source) == 1 and (Path(source[0]).is_file() or source[0].lower().endswith(".txt")):
+        try:
+            lines = [line.strip() for line in Path(source[0]).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:  # nobody asks for images of "prompts.txt"
+            raise ValueError(f"prompts: expected a file of text in UTF-8, one prompt a line, got {source[0]}: {error}") from None
+        if not lines:
+            raise ValueError(f"prompts: expected a file with a prompt a line, got {source[0]} without any")
     if "{}" not in template:
         raise ValueError(f"prompt_template: expected a text with {{}}, got {template!r}")
     return tuple(template.replace("{}", line) for line in lines)

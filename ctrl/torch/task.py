@@ -326,7 +326,9 @@ def _of_pipeline(settings: Settings, device: torch.device | str) -> Task:
 def _unlabelled(chosen: RewardChoice) -> rewards.ImageReward:
     """A reward that needs no data."""
     if isinstance(chosen, UserReward):
-        function = user_object("reward", chosen.function)[1]
+        name, function = user_object("reward", chosen.function)
+        if function is None:
+            raise ValueError(f"reward: expected {name} in the file of {chosen.function}, got none of that name")
         return rewards.CallableImageReward(rewards.retried(function, chosen.attempts), chosen.differentiable)
     assert not isinstance(chosen, ClassReward)
     return chosen
