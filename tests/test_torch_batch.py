@@ -73,6 +73,16 @@ def test_parts_are_the_whole_batch(task, method, trajectories):
     assert (parts[2] - whole[2]).abs().max() < 1e-10  # of steps of 2e-3: Adam divides by the gradient
 
 
+@pytest.mark.parametrize("method", WIDE, ids=name)
+def test_halves_change_nothing(task, method):
+    """What is said of a gradient's signal moves neither it nor where it leads."""
+    watched, plain = training(task, method), training(task, method)
+    plain.watched = False
+    one, other = ends(watched), ends(plain)
+    assert error(one, other) < 1e-10 and (one[2] - other[2]).abs().max() < 1e-10
+    assert {*one[0]} - {*other[0]} == {"gradient_signal", "gradient_noise"}
+
+
 @pytest.mark.parametrize("method", [ValueGradient(), PPO()], ids=name)
 def test_single_precision(method, tmp_path, monkeypatch):
     """As a run has it: to rounding."""
