@@ -198,7 +198,7 @@ class Row:
     peak_flops: float | None = None
     mfu: float | None = None
     peak_memory_bytes: int | None = None  # allocated by torch on a GPU while timed; elsewhere the process' resident memory at its largest so far
-    planned_memory_bytes: int | None = None  # what updates were to hold at most, by ctrl.torch.plan; not where compiled or searched
+    planned_memory_bytes: int | None = None  # what updates were to hold of a GPU, by ctrl.torch.plan; not where compiled or searched
     share: float | None = None  # judged, of the last update; so are the reward and the KL
     reward: float | None = None
     kl: float | None = None
@@ -256,8 +256,8 @@ class Bench:
         return replace(self.settings, method=case.method, paths=paths, at_once=case.at_once, lora_rank=case.lora_rank, lora_targets=ATTENTION)
 
     def planned_memory(self, case: Trains) -> int | None:
-        """Bytes, from updates of two to six paths; a meter sees no compiled network, and no plan what a search will choose."""
-        if case.tuning.compiler is not None or case.tuning.searched:
+        """Bytes of the GPU, from updates of two to six paths; a meter sees no compiled network, and no plan what a search will choose."""
+        if not self.on_gpu or case.tuning.compiler is not None or case.tuning.searched:
             return None
         try:
             return self._planned(case)

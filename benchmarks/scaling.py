@@ -22,6 +22,7 @@ if __name__ == "__main__":
     # Before the libraries that count cores are imported; where threads are swept they are asked for by number.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
+import ctypes
 import gc
 import json
 import statistics
@@ -184,6 +185,7 @@ def peak(curve: str, steps: int, paths: int) -> float:
     streamed(curve, 8, 512)(SEED)
     call = streamed(curve, steps, paths)
     gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)  # or a call may take what the heap still holds, unseen
     MEMORY.write_text("5")
     before = resident("VmRSS")
     call(SEED)

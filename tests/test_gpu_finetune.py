@@ -334,18 +334,21 @@ def test_too_little_memory_is_a_row(tiny, monkeypatch):
 
 
 def test_updates_are_planned(tiny, rows, monkeypatch):
-    """But not where networks are compiled; a plan that does not fit leaves the case to itself."""
-    planned = {row["case"]: row["planned_memory_bytes"] for row in rows if row["work"] == "updates"}
+    """On a GPU, but not where networks are compiled; a plan that does not fit leaves the case to itself."""
     plain, compiled = (case for case in bench.TINY if isinstance(case, bench.Updates))
-    size = 4 * bench.size(tiny.untrained.base)
-    assert planned[compiled.name] == "" and 5 * size < int(planned[plain.name]) < int(rows[0]["peak_memory_bytes"])
-    assert f"({bench.gib(int(planned[plain.name]))} planned)" in bench.describe(next(row for row in rows if row["case"] == plain.name))
+    assert tiny.planned_memory(plain) is None
+    monkeypatch.setattr(bench.Bench, "on_gpu", True)
+    monkeypatch.setattr(bench.Bench, "release", lambda self: None)
+    planned = tiny.planned_memory(plain)
+    assert 5 * 4 * bench.size(tiny.untrained.base) < planned < int(rows[0]["peak_memory_bytes"]) and tiny.planned_memory(compiled) is None
+    row = next(row for row in rows if row["case"] == plain.name)
+    assert f"({bench.gib(planned)} planned)" in bench.describe({**row, "planned_memory_bytes": str(planned)})
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(bench, "Trial", full)
-    assert bench.run(plain, tiny).planned_memory_bytes is None
+    assert tiny.planned_memory(plain) is None
 
 
 # ------------------------------------------------------------------------------------------- latents

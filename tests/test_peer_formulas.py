@@ -128,12 +128,12 @@ def test_gradients_that_need_more_than_signs():
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.5])
-def test_numbers_are_those_of_the_theorems_planted_errors(eta):
+def test_numbers_are_those_of_the_theorems_planted_errors(eta, monkeypatch):
     """Weights, the reverse KL and the mismatched eta against the theorem's own, in d = 3."""
     at = Place(eta, "uniform", 12, 3)
     problem, policy, grid = whole(at)
     case = Case("product", problem, steps=12, quick=True, seed=0)
-    case.__dict__["policy"] = policy  # the one of this study, in the place of a case's own
+    monkeypatch.setattr(Case, "policy", policy)  # the one of this study, in the place of a case's own
     squared = LinearChain(problem, policy, grid).mean_departure
     planted = {what: weights @ squared / case.truth.path_kl for what, weights, _ in wrong_rates(case)}
     names = {"g^2 for g^2/2": "WholeRate", "g^2/2 kept at eta != 1": "KeptRate", "time step missing in the sum": "StepLostInSum",
