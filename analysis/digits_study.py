@@ -71,7 +71,7 @@ class Study:
 
     def settings(self, digit: int, seed: int, steps: int) -> Finetune:
         folder = self.out / "runs" / _name(digit, seed, steps)
-        chosen = replace(self.start, reward=ClassReward(digit), seed=seed, steps=steps, out=folder, resume=True)
+        chosen = replace(self.start, reward=ClassReward(digit), seed=seed, steps=steps, out=folder, resume=True, no_plan=True)
         return chosen.made_quick() if self.quick else chosen
 
 

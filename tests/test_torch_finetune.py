@@ -88,6 +88,7 @@ def done(tmp_path_factory):
     with redirect_stdout(io.StringIO()) as printed:
         assert cli.main(arguments(settings)) == 0
     summary = json.loads((settings.out / "summary.json").read_text())
+    settings = replace(settings, no_plan=True)  # from here on
     return SimpleNamespace(settings=settings, task=task.prepare(settings), summary=summary, printed=printed.getvalue())
 
 

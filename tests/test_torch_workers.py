@@ -180,7 +180,7 @@ def test_a_run_with_workers_is_the_run_without(tmp_path, user, monkeypatch):
     closed, close = [], Pooled.close
     monkeypatch.setattr(Pooled, "close", lambda self: closed.append(self._pool is not None) or close(self))
     alone = f.Finetune(reward=rewards.Compressibility(), method=methods.ScoreFunction(), cache=tmp_path / "cache", out=tmp_path / "alone", steps=4,
-                       paths=6, quick=True).made_quick()
+                       paths=6, quick=True, no_plan=True).made_quick()
     many = replace(alone, out=tmp_path / "many", reward_workers=2)
     assert alone.identity() == many.identity()
     first, second = f.finetune(alone), f.finetune(many)
