@@ -9,6 +9,7 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
+import ctrl
 from ctrl.exact import quadrature
 from ctrl.laws import Gaussian, GaussianMixture
 from ctrl.policy import AffinePolicy, BasisPolicy, CallablePolicy, MixturePolicy, Monomials
@@ -450,3 +451,23 @@ def test_a_jump_in_the_reward_warns():
     problem = Problem(VP(0.1, 10.0), MIXTURE, CallableReward(lambda x: (x[:, 0] > 0.123) * 1.0), 0.2)
     with pytest.warns(RuntimeWarning, match="reward: not smooth"):
         quadrature.evaluate(problem, problem.pretrained(problem.grid(8)), problem.grid(8))
+
+
+def test_functions_that_change_in_place_are_asked_again():
+    """A network in training is one object with other numbers: truths of it are those of a new object, of policy and reward alike."""
+    base, at = ctrl.zoo.mixture_bump_1d(), [0.0, 1.0]
+
+    def made():
+        reward = ctrl.CallableReward(lambda x: np.cos(at[1] * x[:, 0]), lambda x: -at[1] * np.sin(at[1] * x) * (np.arange(base.dim) == 0))
+        return replace(base, reward=reward), ctrl.CallablePolicy(lambda t, x, theta: base.score(t, x) + at[0], [0.0], dim=base.dim)
+
+    def truth(problem, policy):
+        grid = problem.grid(3)
+        return [x for p in (policy, problem.pretrained(grid)) for x in (
+            ctrl.exact.evaluate(problem, p, grid).objective, float(ctrl.exact.value(problem, p, grid)(0, np.zeros((1, base.dim)))[0]))]
+
+    kept, found, fresh = made(), [], []
+    for out, which in ((found, lambda: kept), (fresh, made)):
+        for at[:] in ([0.1, 1.0], [0.5, 2.0]):
+            out.append(truth(*which()))
+    assert found == fresh and np.abs(np.subtract(*found)).min() > 1e-3

@@ -17,9 +17,11 @@ from ctrl.exact.truth import ExactGradient, Terminal, Truth
 from ctrl.laws import Gaussian, Law
 from ctrl.policy import AffinePolicy, Parts, Policy
 from ctrl.problem import Problem
+from ctrl.reward import BumpReward, ClassLogPosteriorReward, LinearReward, LogDensityReward, QuadraticReward
 from ctrl.schedule import Coefficients, TimeGrid
 
 WIDTH = 11.0  # half-width of what a solver covers, in standard deviations of the chain
+NUMBERS = (QuadraticReward, LinearReward, BumpReward, LogDensityReward, ClassLogPosteriorReward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +122,12 @@ def line_chain(problem: Problem, policy: Policy, grid: TimeGrid) -> LineChain:
     if problem.dim != 1:
         raise ValueError(f"problem: expected dimension 1 for quadrature, got {problem.dim}")
     problem.check_policy(policy, grid)
-    return _chain(problem, policy, grid)
+    return _chain(problem, policy, grid) if of_numbers(problem, policy, grid) else LineChain(problem, policy, grid)
+
+
+def of_numbers(problem: Problem, policy: Policy, grid: TimeGrid) -> bool:
+    """Whether policy and reward are read-only numbers: a function may answer otherwise next time, a network in training for one."""
+    return policy.parts(grid) is not None and isinstance(problem.reward, NUMBERS)
 
 
 # Cached by identity, so that what solvers keep of a chain is found again.

@@ -15,7 +15,7 @@ import numpy as np
 from ctrl import check
 from ctrl.check import Array
 from ctrl.exact.lattice import Lattice
-from ctrl.exact.line import as_gradient
+from ctrl.exact.line import as_gradient, of_numbers
 from ctrl.exact.truth import ExactGradient, Terminal, Truth
 from ctrl.laws import Gaussian, Law
 from ctrl.policy import Parts, Policy
@@ -135,7 +135,7 @@ def plane_chain(problem: Problem, policy: Policy, grid: TimeGrid) -> PlaneChain:
     if problem.dim != 2:
         raise ValueError(f"problem: expected dimension 2 for the plane, got {problem.dim}")
     problem.check_policy(policy, grid)
-    return _chain(problem, policy, grid)
+    return _chain(problem, policy, grid) if of_numbers(problem, policy, grid) else PlaneChain(problem, policy, grid)
 
 
 @lru_cache(maxsize=16)
