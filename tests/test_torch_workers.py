@@ -150,8 +150,9 @@ def test_a_file_that_changes_under_a_run_is_refused(user, pooled, tmp_path):
 
 
 PARENT = """
-import sys, torch
+import signal, sys, torch
 from ctrl.torch import finetune as f, methods, task
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit that it is ignored
 reward = task._asked_of(f.Finetune(reward=task.UserReward(sys.argv[1]), method=methods.ScoreFunction(), reward_workers=int(sys.argv[2])))
 reward(torch.zeros(4, 1, 8, 8))
 """
