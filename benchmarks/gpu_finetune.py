@@ -14,10 +14,10 @@ Model FLOPs are those of matrix products and convolutions, forward and backward,
 to save memory do not count. Peaks are dense ones of data sheets, at the precision of the row; MFU is empty on other devices.
 Warm-up (compilation, choice of kernels) is timed apart and, in training, undone by a checkpoint. The clock is read when the device is idle.
 Every finished row is in the CSV file at once, and a second call goes on from there; the figure beside it is drawn from the rows.
-Run on an H200, rows in benchmarks/gpu_finetune/ (`--rounds 2`): latents, 10 to 30 s a case at a batch of 8, 80 s at 64, 7 to 28 for a plan; three
-rows have no peak memory, as a plan's trial was still held beside it then. Images (before kernels were searched only where asked), 5 to
-35 s a case, half a minute more to compile a sampler, and more than two minutes to compile an update; pre-training (1500 steps, only for the cases
-to a share, which have not been run) three minutes.
+Run on an H200, rows in benchmarks/gpu_finetune/ (`--rounds 2`): latents, 10 to 30 s a case at a batch of 8, 90 s at 64, 50 to compile a sampler, 7
+to 28 for a plan; the two rows of 80 recomputed states were planned before a plan knew that such a pass goes in two halves. Images (before kernels
+were searched only where asked), 5 to 35 s a case, half a minute more to compile a sampler, and more than two minutes to compile an update;
+pre-training (1500 steps, only for the cases to a share, which have not been run) three minutes.
 """
 
 from __future__ import annotations

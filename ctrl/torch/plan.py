@@ -39,6 +39,7 @@ TRIALS: dict[tuple[bool, bool], tuple[Sizes, ...]] = {
     (False, True): ((4, 4, 2), (5, 5, 3), (6, 6, 3)),
     (True, False): ((4, 2, 2), (5, 3, 3), (6, 3, 3)),
     (True, True): ((8, 4, 2), (10, 5, 3), (11, 6, 3), (12, 6, 3))}
+DIVIDED: tuple[Sizes, ...] = ((4, 4, 4), (6, 6, 6))  # where all paths would pass at once, and pass in two halves: see `watch.Halves`
 
 
 class Meter(TorchDispatchMode):
@@ -238,7 +239,7 @@ class Trial:
         self.each = (0, 0)  # those of an update, for each of its paths
         self.meter: Meter | None = None
         self.training = Training(task, settings, Alone(device))
-        self.training.watched = False  # halves of a batch are other operations at every size; `updates` adds what they hold
+        self.training.watched = False  # halves of parts are other operations at every size; `updates` adds what they hold
         self.training.problem = replace(self.training.problem, reward=self._counted(task.problem.reward))
         self.networks = {p.network for p in (self.training.policy, task.base) if isinstance(p, NetworkPolicy)}
         n = min(settings.paths, 2)
@@ -269,10 +270,10 @@ class Trial:
     def _pass(self, network: nn.Module, given: tuple[Any, ...]) -> None:
         self.passed += given[1].shape[0] * given[1].shape[1]
 
-    def phase(self, name: str, sizes: Sizes, work: Callable[[Sizes], Any]) -> Phase:
-        """Its peak at `sizes`, from trials of few paths."""
+    def phase(self, name: str, sizes: Sizes, work: Callable[[Sizes], Any], divided: bool = False) -> Phase:
+        """Its peak at `sizes`, from trials of few paths; these may be `divided` into halves."""
         n, k, m = sizes
-        trials, timelines = TRIALS[k < n, m < k], []
+        trials, timelines = DIVIDED if divided else TRIALS[k < n, m < k], []
         for trial in trials:
             gc.collect()
             with Meter(self.device, self.held()) as self.meter:
@@ -282,16 +283,21 @@ class Trial:
         return fitted(name, sizes, trials, timelines)
 
     def updates(self, processes: int = 1) -> Phase:
-        """All of an update: sampling, gradients, steps."""
-        sizes = sizes_of(self.settings, processes)
-        return self.with_halves(self.phase("updates", sizes, self.update))
+        """All of an update: sampling, gradients, steps; with the halves of its gradient, which are its operations where one pass holds them."""
+        n, _, m = sizes = sizes_of(self.settings, processes)
+        if processes > 1 or m < n or n == 1:
+            return self.with_halves(self.phase("updates", sizes, self.update))
+        self.training.watched = True
+        try:
+            return self.phase("updates", sizes, self.update, divided=True)
+        finally:
+            self.training.watched = False
 
     def with_halves(self, found: Phase) -> Phase:
         """An update that also says its gradient's signal and noise, from two halves (see `watch.Halves`).
 
         Beside the rest it holds a leaf where gradients stop, and the first half's gradient: while pieces of the second pass, while parts do that
-        find some of the second's there, or in one pass beside the second half's activations. Of several processes some have but one half, and
-        hold less.
+        find some of the second's there, or in one pass beside the second half's activations, where one of several processes has paths of both.
         """
         n, k, m = found.sizes
         leaf, first = 4 * self.settings.steps * self.task.problem.dim, float(_bytes(self.training.policy.trainable()))
