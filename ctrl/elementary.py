@@ -1,5 +1,5 @@
 r"""exp on vector units: polynomials in place of calls into the C library, which keep a loop from becoming vector instructions;
-and compile caches that know what they were built from.
+sums over the few coordinates of a state; and compile caches that know what they were built from.
 
 Source: polynomials and splittings as in Cephes (float32) and fdlibm (float64).   Checked: tests/test_laws.py::test_exp
 """
@@ -15,6 +15,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from ctrl.check import Array
+
 FAST = {"contract", "nsz", "arcp", "afn"}  # keeps NaN and infinity; no reassociation
 
 # exp(t), t <= 0: t = n log 2 + r, the integer n read off the low bits of t log2(e) + 1.5 * 2^(mantissa bits)
@@ -28,6 +30,22 @@ LN2_HI_64, LN2_LO_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 T3, T4, T5, T6, T7 = 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040
 T8, T9, T10, T11, T12 = 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600
 MANTISSA_64 = np.uint64(52)
+
+
+def dot(x: Array, y: Array) -> Array:
+    """x'y along the last axis, (..., d) twice -> (...); three to four times as fast as np.sum over a short axis.
+
+    Source: numpy.einsum.   Checked: tests/test_laws.py::test_sums_over_coordinates
+    """
+    return np.einsum("...i,...i->...", x, y)
+
+
+def quadratic_form(x: Array, S: Array) -> Array:
+    """x'S x, (n, d) and (d, d) -> (n,); a matrix product first: one sum over both indices takes up to nine times as long.
+
+    Source: numpy.einsum.   Checked: tests/test_laws.py::test_sums_over_coordinates
+    """
+    return dot(x @ S, x)
 
 
 def built_from(*sources: str | Path) -> Callable[[Any], Any]:

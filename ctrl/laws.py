@@ -5,6 +5,7 @@ If Y_tau | Y_0 ~ N(alpha Y_0, v I), then N(m, C) becomes N(alpha m, alpha^2 C + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol, TypeVar
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from ctrl import check, elementary
 from ctrl.check import Array
-from ctrl.elementary import FAST, built_from, exp_64
+from ctrl.elementary import FAST, built_from, exp_64, quadratic_form
 from ctrl.schedule import Schedule, TimeGrid
 
 LOG_2PI = float(np.log(2 * np.pi))
@@ -72,7 +73,7 @@ class Gaussian:
     def log_density(self, x: ArrayLike) -> Array:
         """log p(x), (n, d) -> (n,), nats."""
         y = check.points("x", x, self.dim) - self.mean
-        return self.log_normaliser - 0.5 * np.einsum("ni,ij,nj->n", y, self.precision, y)
+        return self.log_normaliser - 0.5 * quadratic_form(y, self.precision)
 
     def score(self, x: ArrayLike) -> Array:
         """grad log p(x), (n, d) -> (n, d)."""
@@ -136,6 +137,13 @@ class GaussianMixture:
         object.__setattr__(self, "weights", w)
         object.__setattr__(self, "means", m)
         object.__setattr__(self, "covs", check.spd("covs", c))
+
+    @classmethod
+    def of(cls, weights: Array, laws: Sequence[Gaussian | GaussianMixture]) -> GaussianMixture:
+        """sum_c w_c q_c of Gaussians and mixtures q_c, as one mixture of all their components."""
+        parts = [(np.ones(1), q.mean[None], q.cov[None]) if isinstance(q, Gaussian) else (q.weights, q.means, q.covs) for q in laws]
+        return cls(np.concatenate([w * part[0] for w, part in zip(weights, parts, strict=True)]),
+                   np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts]))
 
     @property
     def dim(self) -> int:

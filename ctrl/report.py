@@ -76,12 +76,15 @@ def write_sensitivity(path: Path, rows: Sequence[Verdict]) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
-    for row in rows:
-        if row.check == "planted":
-            error = None if row.z is None or row.measured is None or row.expected is None else abs(row.measured - row.expected) / abs(row.z)
-            table.writerow((row.theorem, row.problem, row.record()["reason"], "exact" if row.z is None else "monte_carlo", row.measured,
-                            row.expected, row.tolerance, row.z, error, row.right_error, row.resolution, row.holds))
+    table.writerows(_cells(row) for row in rows if row.check == "planted")
     write_text(path, text.getvalue())
+
+
+@lru_cache(maxsize=4096)
+def _cells(row: Verdict) -> tuple[Any, ...]:
+    error = None if row.z is None or row.measured is None or row.expected is None else abs(row.measured - row.expected) / abs(row.z)
+    return (row.theorem, row.problem, row.record()["reason"], "exact" if row.z is None else "monte_carlo", row.measured,
+            row.expected, row.tolerance, row.z, error, row.right_error, row.resolution, row.holds)
 
 
 def right_errors(path: Path) -> dict[tuple[str, str, str], float]:

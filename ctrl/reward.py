@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import quadratic_form
 from ctrl.laws import Gaussian, GaussianMixture, Law
 
 COMPLEX_STEP = 1e-30
@@ -69,7 +71,7 @@ class QuadraticReward(Reward):
 
     def value(self, x: Array) -> Array:
         y = x - self.center
-        return -0.5 * np.einsum("ni,ij,nj->n", y, self.matrix, y) + x @ self.linear
+        return -0.5 * quadratic_form(y, self.matrix) + x @ self.linear
 
     def gradient(self, x: Array) -> Array:
         return -(x - self.center) @ self.matrix + self.linear
@@ -157,7 +159,7 @@ class LogDensityReward(Reward):
 class ClassLogPosteriorReward(Reward):
     r"""r(x) = log P(class | x) when class c has prior w_c and density q_c: the log-probability of a Bayes classifier.
 
-        r(x) = log w_c + log q_c(x) - log sum_j w_j q_j(x),      grad r = score_c - sum_j P(j | x) score_j
+        r(x) = log w_c + log q_c(x) - log q(x),      grad r = score_c - score,      q = sum_j w_j q_j and its score
 
     laws : one law per class      prior : (classes,), on the simplex      label : index of the wanted class
     Nats.   Source: theory.md, section 1 (log-density rewards).   Checked: tests/test_reward.py::test_gradient_is_complex_step
@@ -183,19 +185,16 @@ class ClassLogPosteriorReward(Reward):
         object.__setattr__(self, "label", int(label))
         object.__setattr__(self, "dim", laws[0].dim)
 
-    def _log_posterior(self, x: Array) -> Array:
-        """log P(c | x), (n, d) -> (n, classes); complex x passes through analytically."""
-        joint = np.stack([np.log(w) + q.log_density(x) for w, q in zip(self.prior, self.laws, strict=True)], axis=1)
-        joint = joint - joint.real.max(axis=1, keepdims=True)
-        return joint - np.log(np.exp(joint).sum(axis=1, keepdims=True))
+    @cached_property
+    def evidence(self) -> GaussianMixture:
+        """The law of all classes, sum_j w_j q_j."""
+        return GaussianMixture.of(self.prior, self.laws)
 
     def value(self, x: Array) -> Array:
-        return self._log_posterior(x)[:, self.label]
+        return np.log(self.prior[self.label]) + self.laws[self.label].log_density(x) - self.evidence.log_density(x)
 
     def gradient(self, x: Array) -> Array:
-        posterior = np.exp(self._log_posterior(x))
-        scores = np.stack([q.score(x) for q in self.laws], axis=1)
-        return scores[:, self.label] - np.einsum("nc,nci->ni", posterior, scores)
+        return self.laws[self.label].score(x) - self.evidence.score(x)
 
 
 @dataclass(frozen=True, eq=False)

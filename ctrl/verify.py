@@ -89,7 +89,7 @@ class Progress:
         return self.folder / f"{theorem}.png"
 
     def write(self) -> None:
-        lines = ",\n".join(json.dumps(row.record(), allow_nan=False) for row in self.rows)  # a row a line
+        lines = ",\n".join(row.line for row in self.rows)
         write_text(self.folder / "verdicts.json", f"[\n{lines}\n]\n")
         report.write_sensitivity(self.folder / "sensitivity.csv", self.rows)
         write_json(self.folder / "run.json", {**self.identity, "platform": platform.platform(), "done": self.done, "drawn": self.drawn})

@@ -105,9 +105,7 @@ def _digits(digit: int, eta: float, dimensions: int, components: int) -> Problem
     if check.integer("digit", digit, at_least=0) > 9:
         raise ValueError(f"digit: expected 0 ... 9, got {digit}")
     prior, classes = digit_classes(dimensions, components)
-    data = GaussianMixture(
-        weights=np.concatenate([p * law.weights for p, law in zip(prior, classes, strict=True)]),
-        means=np.concatenate([law.means for law in classes]), covs=np.concatenate([law.covs for law in classes]))
+    data = GaussianMixture.of(prior, classes)
     reward = ClassLogPosteriorReward(classes, prior, digit)
     return Problem(VP(beta_min=0.1, beta_max=10.0, horizon=1.0), data, reward, kl_weight=0.5, eta=eta)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrl import VP, Gaussian, GaussianMixture
-from ctrl.elementary import exp_32, exp_64
+from ctrl.elementary import dot, exp_32, exp_64, quadratic_form
 from ctrl.laws import noised_law, noised_laws
 from ctrl.schedule import TimeGrid
 
@@ -210,6 +210,17 @@ def test_bad_inputs_are_named_in_one_line(name, make):
         make()
     message = str(caught.value)
     assert message.startswith(f"{name}: expected") and ", got " in message and "\n" not in message
+
+
+@pytest.mark.parametrize("d", [1, 2, 8])
+def test_sums_over_coordinates(d):
+    """As NumPy's sums; complex numbers are not conjugated, so that complex steps pass through."""
+    rng = np.random.default_rng(d)
+    x, y = rng.normal(size=(2, 5, 7, d)) + 1j * rng.normal(size=(2, 5, 7, d))
+    S = rng.normal(size=(d, d))
+    np.testing.assert_allclose(dot(x, y), np.sum(x * y, axis=-1), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(quadratic_form(x[0], S), np.sum((x[0] @ S) * x[0], axis=1), rtol=1e-13, atol=1e-13)
+    assert np.abs(dot(x, y) - np.sum(np.conj(x) * y, axis=-1)).max() > 0.1  # planted: conjugated
 
 
 @pytest.mark.parametrize(("dtype", "low", "compiled"), [(np.float64, -708.0, exp_64), (np.float32, -87.0, exp_32)])

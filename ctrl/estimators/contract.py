@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import dot
 from ctrl.noise import NoiseLike, require_noise
 from ctrl.policy import Policy
 from ctrl.problem import Problem
@@ -199,14 +200,14 @@ class Run:
     @cached_property
     def cost(self) -> Array:
         """lambda kappa_i D_i |a_i - s_i|^2, (n, N)."""
-        return 0.5 * self.pull * np.sum(self.departure**2, axis=2)
+        return 0.5 * self.pull * dot(self.departure, self.departure)
 
     @cached_property
     def k1(self) -> Array:
         """u_i'xi_i + |u_i|^2/2, u = sqrt(2 kappa D)(a - s): the log-ratio of step i, nats, (n, N)."""
         c = self.coefficients
         u = np.sqrt(2 * c.kappa * c.dt)[:, None] * self.departure
-        return np.sum(u * self.xi, axis=2) + 0.5 * np.sum(u**2, axis=2)
+        return dot(u, self.xi) + 0.5 * dot(u, u)
 
     @property
     def sampled_cost(self) -> Array:
@@ -250,7 +251,7 @@ class Run:
     @cached_property
     def log_ratio(self) -> Array:
         """log p/p_old (X_{i+1} | X_i), (n, N)."""
-        return np.sum(self.ahead * self.xi - 0.5 * self.ahead**2, axis=2)
+        return dot(self.ahead, self.xi) - 0.5 * dot(self.ahead, self.ahead)
 
     def discounted(self, value: ValueFunction, i: int) -> Array:
         """e^{-rho t_i} V_i(X_i), (n,)."""

@@ -17,6 +17,7 @@ from numba import njit
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import quadratic_form
 from ctrl.exact.truth import Advantage, ExactGradient, Terminal, Truth, Value
 from ctrl.laws import LOG_2PI, Gaussian
 from ctrl.policy import AffinePolicy, Policy
@@ -302,7 +303,7 @@ class QuadraticValue(Value):
     def __call__(self, i: int, x: Array) -> Array:
         x = self._at(i, x, self.chain.grid.steps)
         S, w, z = (v[i] for v in self.chain.values)
-        return -0.5 * np.einsum("ni,ij,nj->n", x, S, x) + x @ w + z
+        return -0.5 * quadratic_form(x, S) + x @ w + z
 
     def gradient(self, i: int, x: Array) -> Array:
         x = self._at(i, x, self.chain.grid.steps)

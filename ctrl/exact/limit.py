@@ -17,6 +17,7 @@ import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import quadratic_form
 from ctrl.exact.truth import ExactGradient, Terminal, Truth
 from ctrl.laws import Gaussian
 from ctrl.policy import Basis, BasisPolicy, Policy
@@ -243,7 +244,7 @@ class LimitValue:
 
     def __call__(self, t: float, x: Array) -> Array:
         (S, w, z), x = self.coefficients(t), check.points("x", x, self.flow.d)
-        return -0.5 * np.einsum("ni,ij,nj->n", x, S, x) + x @ w + z
+        return -0.5 * quadratic_form(x, S) + x @ w + z
 
     def gradient(self, t: float, x: Array) -> Array:
         """grad V(t, x), (n, d)."""

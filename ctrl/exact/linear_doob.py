@@ -14,6 +14,7 @@ import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import quadratic_form
 from ctrl.exact.chain import LinearChain
 from ctrl.laws import Gaussian
 from ctrl.problem import Problem
@@ -34,7 +35,7 @@ class Exponent(NamedTuple):
         return cls(reward.matrix / kl_weight, reward.vector / kl_weight, reward.constant / kl_weight)
 
     def __call__(self, x: Array) -> Array:
-        return -0.5 * np.einsum("ni,ij,nj->n", x, self.S, x) + x @ self.w + self.z
+        return -0.5 * quadratic_form(x, self.S) + x @ self.w + self.z
 
     def mean(self, law: Gaussian) -> float:
         """E log phi under a Gaussian."""

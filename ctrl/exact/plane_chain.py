@@ -14,6 +14,7 @@ import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import dot
 from ctrl.exact.lattice import Lattice
 from ctrl.exact.line import as_gradient, of_numbers
 from ctrl.exact.truth import ExactGradient, Terminal, Truth
@@ -102,7 +103,7 @@ class PlaneChain:
 
     def cost(self, i: int, gap: Array) -> Array:
         """lambda kappa D |a - s|^2 for gap = a - s, (n,)."""
-        return self.problem.kl_weight * self.c.kappa[i] * self.c.dt[i] * np.sum(gap**2, axis=1)
+        return self.problem.kl_weight * self.c.kappa[i] * self.c.dt[i] * dot(gap, gap)
 
     def start_density(self, lattice: Lattice) -> Array:
         """p_0 on a lattice, (n1, n2)."""

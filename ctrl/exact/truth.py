@@ -11,6 +11,7 @@ import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.elementary import dot
 from ctrl.policy import Policy
 from ctrl.problem import Problem
 from ctrl.schedule import TimeGrid
@@ -149,6 +150,6 @@ class Advantage:
         s = self.problem.score(float(self.grid.times[i]), x)
         cov = self.policy.exploration_cov(self.grid)
         spread = 0.0 if cov is None else float(np.trace(cov[i]))
-        cost = np.sum((a - s) ** 2, axis=1) - np.sum((mu - s) ** 2, axis=1) - spread
-        push = np.sum((a - mu) * self.value.gradient(i, x), axis=1)
+        cost = dot(a - s, a - s) - dot(mu - s, mu - s) - spread
+        push = dot(a - mu, self.value.gradient(i, x))
         return c.h[i] * push - self.problem.kl_weight * c.kappa[i] * cost

@@ -10,6 +10,7 @@ import numpy as np
 
 from ctrl import exact
 from ctrl.check import Array
+from ctrl.elementary import dot
 from ctrl.estimators import Run, runs
 from ctrl.evidence import fitted_order, mean_test
 from ctrl.exact.chain import LinearChain
@@ -100,7 +101,7 @@ def conditional_cost(run: Run, *, centred: bool = True) -> Array:
     rate = run.coefficients.kappa * run.coefficients.dt
     mean = np.stack([run.policy.mean(run.grid, i, run.states[:, i]) for i in range(run.grid.steps)], axis=1)
     off = run.actions - mean
-    extra = np.sum(off * (2 * run.departure - off), axis=2)  # |a - s|^2 - |mu - s|^2 with a - s = departure
+    extra = dot(off, 2 * run.departure - off)  # |a - s|^2 - |mu - s|^2 with a - s = departure
     return extra @ rate - (action_cost(run.policy, run.problem, run.grid) if centred else 0.0)
 
 

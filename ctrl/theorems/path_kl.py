@@ -16,6 +16,7 @@ import numpy as np
 
 from ctrl import exact
 from ctrl.check import Array
+from ctrl.elementary import dot
 from ctrl.estimators import Run, runs
 from ctrl.evidence import mean_test
 from ctrl.exact import quadrature
@@ -215,7 +216,7 @@ class PathKL(Theorem):
             yield from self._planted_exactly(case, tag)
             return
         n, c = case.paths // 5, case.problem.coefficients(case.grid)
-        batches = [(np.sum(run.departure**2, axis=2), run.paths.log_weight)
+        batches = [(dot(run.departure, run.departure), run.paths.log_weight)
                    for run in runs(case.problem, case.policy, case.grid, case.noise("planted", n))]
         squared, log_ratio = (np.concatenate(part) for part in zip(*batches, strict=True))
         # Judged as the right formula is: against the exact KL, or where there is none against the paths' own log-ratios.
@@ -227,7 +228,7 @@ class PathKL(Theorem):
                 yield self.skipped(case, f"{tag}{what}: invisible, {invisible}")
             else:
                 yield self.planted_sampled(case, mean_test(squared @ weight - target, 0.0), f"{tag}{what}", right)
-        under_pre = np.concatenate([np.sum(departure_under(case.policy, run) ** 2, axis=2) @ (c.kappa * c.dt) for run in self._pre_runs(case, n)])
+        under_pre = np.concatenate([dot(off := departure_under(case.policy, run), off) @ (c.kappa * c.dt) for run in self._pre_runs(case, n)])
         yield self.planted_sampled(case, mean_test(under_pre - target, 0.0), f"{tag}reverse KL, i.e. expectation over P_pre states", right)
         yield self.skipped(case, f"{tag}eta of the policy unlike eta of the reference: the joint law of a path is needed, i.e. Gaussian data")
 

@@ -19,6 +19,7 @@ from scipy.interpolate import CubicSpline
 
 from ctrl import exact
 from ctrl.check import Array
+from ctrl.elementary import dot
 from ctrl.estimators import Run, Score, information, runs
 from ctrl.evidence import mean_test
 from ctrl.noise import Noise, NoiseLike
@@ -152,7 +153,8 @@ def weighted(run: Run, value: exact.Value, other: Policy) -> Array:
     Source: theory.md, section 8.   Checked: tests/test_theorem_performance_difference.py::test_ratios_of_steps_and_of_paths
     """
     moved = replace(run, policy=other, sampler=run.policy)
-    gain = np.diff(along(run, value), axis=1) - 0.5 * run.pull * np.sum((run.departure + moved.change) ** 2, axis=2)
+    away = run.departure + moved.change
+    gain = np.diff(along(run, value), axis=1) - 0.5 * run.pull * dot(away, away)
     so_far = np.cumsum(moved.log_ratio, axis=1)
     return np.stack([np.sum(np.exp(ratio) * gain, axis=1) for ratio in (moved.log_ratio, so_far, so_far[:, -1:])], axis=1)
 

@@ -13,6 +13,7 @@ from scipy.interpolate import CubicSpline
 
 from ctrl import exact
 from ctrl.check import Array
+from ctrl.elementary import dot
 from ctrl.estimators import Run, runs
 from ctrl.evidence import mean_test
 from ctrl.exact.chain import LinearChain, entropy
@@ -128,7 +129,7 @@ def branches(case: Case, policy: Policy, i: int, x: Array, actions: Array | None
     if moves:
         y = y + c.noise[i] * nodes[:, None, :d]
     gap = a - case.problem.score(float(case.grid.times[i]), x)
-    return Branches(a, y, case.problem.kl_weight * c.kappa[i] * c.dt[i] * np.sum(gap**2, axis=2), weights)
+    return Branches(a, y, case.problem.kl_weight * c.kappa[i] * c.dt[i] * dot(gap, gap), weights)
 
 
 def decay(case: Case, i: int) -> float:
@@ -353,7 +354,7 @@ class ValueMartingale(Theorem):
         """lambda kappa D |mu - s|^2 at the right point of step i, along branches, (m, n): a planted error."""
         c, y = at.case.problem.coefficients(at.case.grid), b.states.reshape(-1, b.states.shape[2])
         gap = at.policy.mean(at.case.grid, i + 1, y) - at.case.problem.score(float(at.case.grid.times[i + 1]), y)
-        return at.case.problem.kl_weight * c.kappa[i + 1] * c.dt[i + 1] * np.sum(gap**2, axis=1).reshape(b.cost.shape)
+        return at.case.problem.kl_weight * c.kappa[i + 1] * c.dt[i + 1] * dot(gap, gap).reshape(b.cost.shape)
 
     def _midway(self, at: Solved) -> tuple[float, float]:
         """e^{-rho t} E V_i(X_i) by the law of X_i, and J plus the costs already paid, at T/2."""
@@ -491,7 +492,7 @@ def returns_from(case: Case, i: int, x: Array, noise: NoiseLike) -> Array:
     for j in range(i, case.grid.steps):
         a = policy.mean(case.grid, j, state)
         gap = a - case.problem.score(float(case.grid.times[j]), state)
-        total -= case.problem.kl_weight * c.kappa[j] * c.dt[j] * np.sum(gap**2, axis=1)
+        total -= case.problem.kl_weight * c.kappa[j] * c.dt[j] * dot(gap, gap)
         state = state + c.dt[j] * (-c.f[j] * state + c.h[j] * a) + c.noise[j] * xi[:, j]
     return total + case.problem.reward.value(state)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class Verdict:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else float(value))
 
-    @property
+    @cached_property
     def resolution(self) -> float | None:
         r"""The smallest share of a planted error that its check catches with probability 1 - miss; None for other rows.
 
@@ -82,12 +83,17 @@ class Verdict:
 
     def record(self) -> dict[str, Any]:
         """For JSON: infinite and NaN numbers become None with the fact told in the reason."""
-        row = {name: value for name, value in vars(self).items() if name != "right_error"}
+        row = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "right_error"}
         for name in ("measured", "expected", "tolerance", "z"):
             if row[name] is not None and not math.isfinite(row[name]):
                 row["reason"] += f" ({name} was {row[name]})"
                 row[name] = None
         return row
+
+    @cached_property
+    def line(self) -> str:
+        """The record in JSON; a run writes every row again whenever it has more."""
+        return json.dumps(self.record(), allow_nan=False)
 
 
 @dataclass(frozen=True, eq=False)
