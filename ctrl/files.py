@@ -1,18 +1,27 @@
-"""Files of a run: folders that can be written, JSON that is never half there, the environment, and objects of a user's own file."""
+"""Files of a run: folders that can be written, JSON that is never half there, the environment, and objects of a user's own file.
+
+And what takes a second to work out and never changes: kept for the next process.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import platform
 import subprocess
 import sys
 from base64 import b64encode
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "scores-as-actions"
 
 
 def writable(out: Path) -> Path:
@@ -42,6 +51,24 @@ def embedded(png: bytes) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def kept(make: Callable[..., Any], *arguments: Any, needs: tuple[str, ...]) -> Any:
+    """make(*arguments), of JSON's kinds, from the cache where an earlier process left it; made again when its code or what it `needs` has changed.
+
+    The code is that of `make` alone: it is to call nothing of this library. Where nothing can be written, nothing is kept.
+    Checked: tests/test_files.py::test_what_is_kept_is_what_would_be_made
+    """
+    made_of = [inspect.getsource(make), arguments, {name: version(name) for name in needs}]
+    path = CACHE.expanduser() / f"{make.__name__}-{sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made = make(*arguments)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(made))
+    return made
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ctrl.evidence import FALSE_ALARM, MISS
-from ctrl.files import embedded, write_text
+from ctrl.files import embedded, kept, write_text
 from ctrl.theorems import style
 from ctrl.theorems.verdict import Theorem, Verdict
 
@@ -125,6 +125,16 @@ def share(x: float | None) -> Any:
 @lru_cache(maxsize=256)
 def formula(source: str) -> Any:
     """A formula in matplotlib's mathtext as an inline SVG in the colour of the text, its source as the spoken label."""
+    from markupsafe import Markup
+
+    return Markup(kept(outlined_formula, source, needs=("matplotlib", "markupsafe")))
+
+
+def outlined_formula(source: str) -> str:
+    """The SVG of a formula, whose parsing takes a thirtieth of a second.
+
+    Source: matplotlib.mathtext.   Checked: tests/test_report.py::test_a_formula_is_spoken_by_its_source
+    """
     from markupsafe import Markup
     from matplotlib.font_manager import FontProperties
     from matplotlib.path import Path as Outline
@@ -317,7 +327,9 @@ def sections(rows: Sequence[Verdict], theorems: Sequence[Theorem], pictures: Map
 
 
 def prepare(theorems: Sequence[Theorem]) -> None:
-    """What the page takes long for whatever the verdicts are, ahead of time: its formulas and its template."""
+    """What the page takes long for whatever the verdicts are, ahead of time: its formulas, its template, and what its pictures are drawn with."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+
     _template()
     for source in (*RESOLUTION, *(source for theorem in theorems for source in theorem.formulas)):
         formula(source)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from ctrl import check
 from ctrl.check import Array
+from ctrl.files import kept
 from ctrl.laws import Gaussian, GaussianMixture
 from ctrl.problem import Problem
 from ctrl.reward import BumpReward, ClassLogPosteriorReward, LogDensityReward, QuadraticReward
@@ -116,6 +118,15 @@ def digit_classes(dimensions: int, components: int) -> tuple[Array, tuple[Gaussi
 
     Each axis has its largest loading positive and unit variance over all images, so that refits agree in sign.
     """
+    prior, fits = kept(fitted_digits, dimensions, components, needs=("scikit-learn", "numpy", "scipy"))
+    return np.array(prior), tuple(GaussianMixture(*fit) for fit in fits)
+
+
+def fitted_digits(dimensions: int, components: int) -> tuple[list[float], list[tuple[Any, Any, Any]]]:
+    """Class frequencies, and weights, means and covariances of each digit's mixture: scikit-learn's, a second to import and half a second to fit.
+
+    Source: sklearn.datasets.load_digits, sklearn.mixture.   Checked: tests/test_zoo.py::test_digits_axes_and_weights
+    """
     from sklearn.datasets import load_digits
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture as Fit
@@ -127,7 +138,7 @@ def digit_classes(dimensions: int, components: int) -> tuple[Array, tuple[Gaussi
     x = x / x.std(axis=0)
     prior = np.bincount(labels) / len(labels)
     fits = [Fit(components, random_state=0, reg_covar=1e-2).fit(x[labels == c]) for c in range(10)]
-    return prior, tuple(GaussianMixture(f.weights_ / f.weights_.sum(), f.means_, f.covariances_) for f in fits)
+    return prior.tolist(), [((f.weights_ / f.weights_.sum()).tolist(), f.means_.tolist(), f.covariances_.tolist()) for f in fits]
 
 
 PROBLEMS: tuple[Callable[[], Problem], ...] = (gaussian_pull_2d, mixture_bump_1d, gaussian_8d, digits_line, digits_plane)

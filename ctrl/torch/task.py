@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctrl import check
-from ctrl.files import user_object, writable
+from ctrl.files import CACHE, user_object, writable
 from ctrl.noise import Noise
 from ctrl.schedule import VP
 from ctrl.torch import images as data
@@ -153,7 +153,7 @@ class Settings:
     """Seed of everything random."""
     threads: int | None = None
     """CPU threads of torch (default: its own choice)."""
-    cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "scores-as-actions"
+    cache: Path = CACHE
     """Where pre-trained networks and their samples are kept."""
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """A tiny run that only shows that everything works."""
