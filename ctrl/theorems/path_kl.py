@@ -185,7 +185,7 @@ class PathKL(Theorem):
         return self.exact(case, measured, expected, 1e-7, f"{tag}kappa in noise form: half the log-SNR rate, from alpha and v alone")
 
     def _monte_carlo_twin(self, case: Case, tag: str) -> Iterator[Verdict]:
-        log_weight, penalty = self._ratios(case, (4 if case.linear else 2) * case.paths)
+        log_weight, penalty = self._ratios(case, 2 * case.paths)
         scale = case.truth.path_kl if case.solvable else float(penalty.mean())
         if case.solvable:
             yield self.monte_carlo(case, mean_test(log_weight, scale), 0.15 * scale, f"{tag}mean log dP_theta/dP_pre = path KL")
