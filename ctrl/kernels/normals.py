@@ -98,9 +98,21 @@ def quarter_turns(w):
     return q, np.int32(np.uint32(w - np.uint32(q << QUARTER_SHIFT)))
 
 
+# Box-Muller in three passes over the lanes, with what is between them in the rows of the result: in one pass, operations that wait for each other
+# fill the processor's window before it sees the next lanes (1.4 to 1.5 times slower on 256-bit vectors, the same bits).
+
+
 @njit(error_model="numpy", fastmath=FAST)
 def box_muller_32(word, a, b, out, za, zb):
     """Rows a, b of words to rows za, zb of float32 normals, the float64 normals to float32 rounding (under 6 ulp)."""
+    exponents_32(word, a, out, za, zb)
+    squared_radii_32(out, za, zb)
+    turned_32(word, b, out, za, zb)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def exponents_32(word, a, out, k, f):
+    """u = (w + 1/2) 2^-32 as 2^k (1 + f)."""
     for lane in range(WIDTH):
         # t = u below 1/2 and 1 - u above, so that log u = log1p(-t) keeps its relative accuracy as u -> 1.
         w = np.int32(word[a + lane])
@@ -109,10 +121,24 @@ def box_muller_32(word, a, b, out, za, zb):
         u = t if flip == ZERO_32 else ONE_32 - t
         bits = as_bits(u)
         e = np.int32(np.int32(bits - SQRT_HALF_32) >> MANTISSA_32)
-        f = as_float(np.int32(bits - np.int32(e << MANTISSA_32))) - ONE_32 if e < ZERO_32 else -t
-        k = np.float32(e)
+        out[f + lane] = as_float(np.int32(bits - np.int32(e << MANTISSA_32))) - ONE_32 if e < ZERO_32 else -t
+        out[k + lane] = np.float32(e)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def squared_radii_32(out, at, fraction):
+    """-2 log(2^k (1 + f)), in the place of k."""
+    for lane in range(WIDTH):
+        k, f = out[at + lane], out[fraction + lane]
         y = ((((((((A0 * f + A1) * f + A2) * f + A3) * f + A4) * f + A5) * f + A6) * f + A7) * f + A8) * f * (f * f)
-        radius = np.float32(math.sqrt(MINUS_2_32 * (k * LN2_LO_32 + y - HALF_32 * (f * f) + f + k * LN2_HI_32)))
+        out[at + lane] = MINUS_2_32 * (k * LN2_LO_32 + y - HALF_32 * (f * f) + f + k * LN2_HI_32)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def turned_32(word, b, out, za, zb):
+    """The radius, its square in row za, times cosine and sine of the angle in words."""
+    for lane in range(WIDTH):
+        radius = np.float32(math.sqrt(out[za + lane]))
         q, remainder = quarter_turns(word[b + lane])
         x = (np.float32(remainder) + HALF_32) * ANGLE_32
         z = x * x
@@ -127,18 +153,40 @@ def box_muller_32(word, a, b, out, za, zb):
 @njit(error_model="numpy", fastmath=FAST)
 def box_muller_64(word, a, b, out, za, zb):
     """Rows a, b of words to rows za, zb of float64 normals, within 4 units in the last place."""
+    exponents_64(word, a, out, za, zb)
+    squared_radii_64(out, za, zb)
+    turned_64(word, b, out, za, zb)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def exponents_64(word, a, out, k, f):
+    """u = (w + 1/2) 2^-32 as 2^k (1 + f)."""
     for lane in range(WIDTH):
         u = (np.float64(word[a + lane]) + 0.5) * ULP_WORD_64  # exact
         bits = np.uint64(as_bits(u))
         # exponent + 64, so that the shift may be unsigned: vector units shift u64 but not i64
         e = np.uint64(np.uint64(np.uint64(bits - SQRT_HALF_64) + BIAS_64) >> MANTISSA_64)
-        k = as_float(np.uint64(e | TWO_52_BITS)) - TWO_52_PLUS_64
-        f = as_float(np.uint64(np.uint64(bits - np.uint64(e << MANTISSA_64)) + BIAS_64)) - 1.0
+        out[k + lane] = as_float(np.uint64(e | TWO_52_BITS)) - TWO_52_PLUS_64
+        out[f + lane] = as_float(np.uint64(np.uint64(bits - np.uint64(e << MANTISSA_64)) + BIAS_64)) - 1.0
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def squared_radii_64(out, at, fraction):
+    """-2 log(2^k (1 + f)), in the place of k."""
+    for lane in range(WIDTH):
+        k, f = out[at + lane], out[fraction + lane]
         s = f / (2.0 + f)
         z = s * s
         r = z * (G1 + z * (G2 + z * (G3 + z * (G4 + z * (G5 + z * (G6 + z * G7))))))
         h = 0.5 * f * f
-        radius = math.sqrt(-2.0 * (k * LN2_HI_64 - ((h - (s * (h + r) + k * LN2_LO_64)) - f)))
+        out[at + lane] = -2.0 * (k * LN2_HI_64 - ((h - (s * (h + r) + k * LN2_LO_64)) - f))
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def turned_64(word, b, out, za, zb):
+    """The radius, its square in row za, times cosine and sine of the angle in words."""
+    for lane in range(WIDTH):
+        radius = math.sqrt(out[za + lane])
         q, remainder = quarter_turns(word[b + lane])
         x = (np.float64(remainder) + 0.5) * ANGLE_64
         z = x * x
