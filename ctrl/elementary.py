@@ -104,8 +104,10 @@ def exp_64(t):
     shifted = t * LOG2E_64 + ROUND_64
     n = shifted - ROUND_64
     r = t - n * LN2_HI_64 - n * LN2_LO_64
-    p = (((((((((T12 * r + T11) * r + T10) * r + T9) * r + T8) * r + T7) * r + T6) * r + T5) * r + T4) * r + T3) * r + 0.5
-    p = p * (r * r) + r + 1.0
+    square = r * r
+    fourth = square * square  # short sums side by side (Estrin), as one long chain keeps units waiting
+    p = (0.5 + r * T3 + square * (T4 + r * T5)) + fourth * (T6 + r * T7 + square * (T8 + r * T9) + fourth * (T10 + r * T11 + square * T12))
+    p = p * square + r + 1.0
     return as_float(np.uint64(np.uint64(as_bits(p)) + np.uint64(np.uint64(as_bits(shifted)) << MANTISSA_64)))
 
 

@@ -79,10 +79,10 @@ def four_weights_1(x, j, i, m, means, precisions, level, total, top, out, to):
     m0, m1, m2, m3 = means[j, i, m, 0], means[j, i, m + 1, 0], means[j, i, m + 2, 0], means[j, i, m + 3, 0]
     p0, p1, p2, p3 = precisions[j, i, m, 0, 0], precisions[j, i, m + 1, 0, 0], precisions[j, i, m + 2, 0, 0], precisions[j, i, m + 3, 0, 0]
     at = row(m)
+    for k in range(4):
+        exponentials(level, at + row(k), top)
     for lane in range(WIDTH):
-        y, high = x[lane], top[lane]
-        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + ROW_1 + lane] - high)
-        w2, w3 = exp_below(level[at + ROW_2 + lane] - high), exp_below(level[at + ROW_3 + lane] - high)
+        y, w0, w1, w2, w3 = x[lane], level[at + lane], level[at + ROW_1 + lane], level[at + ROW_2 + lane], level[at + ROW_3 + lane]
         level[total + lane] += (w0 + w1) + (w2 + w3)
         out[to + lane] += (w0 * (p0 * (y - m0)) + w1 * (p1 * (y - m1))) + (w2 * (p2 * (y - m2)) + w3 * (p3 * (y - m3)))
 
@@ -119,16 +119,24 @@ def four_weights_2(x, j, i, m, means, precisions, level, total, top, out, to):
     q0, q1, q2, q3 = precisions[j, i, m, 0, 1], precisions[j, i, m + 1, 0, 1], precisions[j, i, m + 2, 0, 1], precisions[j, i, m + 3, 0, 1]
     r0, r1, r2, r3 = precisions[j, i, m, 1, 1], precisions[j, i, m + 1, 1, 1], precisions[j, i, m + 2, 1, 1], precisions[j, i, m + 3, 1, 1]
     at = row(m)
+    for k in range(4):
+        exponentials(level, at + row(k), top)
     for lane in range(WIDTH):
-        a, b, high = x[lane], x[WIDTH + lane], top[lane]
-        w0, w1 = exp_below(level[at + lane] - high), exp_below(level[at + ROW_1 + lane] - high)
-        w2, w3 = exp_below(level[at + ROW_2 + lane] - high), exp_below(level[at + ROW_3 + lane] - high)
+        a, b = x[lane], x[WIDTH + lane]
+        w0, w1, w2, w3 = level[at + lane], level[at + ROW_1 + lane], level[at + ROW_2 + lane], level[at + ROW_3 + lane]
         level[total + lane] += (w0 + w1) + (w2 + w3)
         g0, g1, g2, g3 = a - x0, a - x1, a - x2, a - x3
         h0, h1, h2, h3 = b - y0, b - y1, b - y2, b - y3
         # w last, in a fused product: a tiny w times a small number alone would be subnormal, which is slow
         out[to + lane] += w0 * (p0 * g0 + q0 * h0) + w1 * (p1 * g1 + q1 * h1) + w2 * (p2 * g2 + q2 * h2) + w3 * (p3 * g3 + q3 * h3)
         out[to + WIDTH + lane] += w0 * (q0 * g0 + r0 * h0) + w1 * (q1 * g1 + r1 * h1) + w2 * (q2 * g2 + r2 * h2) + w3 * (q3 * g3 + r3 * h3)
+
+
+@njit(error_model="numpy", fastmath=FAST)
+def exponentials(level, at, top):
+    """exp(level - top) of a row, in a pass of its own: see normals.box_muller_64."""
+    for lane in range(WIDTH):
+        level[at + lane] = exp_below(level[at + lane] - top[lane])
 
 
 @njit(error_model="numpy", fastmath=FAST)
