@@ -568,7 +568,7 @@ def figure(rows: list[Row], path: Path, machine: str) -> None:
                     va="center", fontsize=7)
         ax.set_yticks(range(len(here)), [f"{r.version} f{r.bits}" for r in here], fontsize=7)
         ax.set(xscale="log", title=name, xlabel="million path-steps per core-second")
-        ax.set_xlim(min(r.rate for r in here) / 2, max(r.rate for r in here) * 100)
+        ax.set_xlim(min(r.rate for r in here) / 2, max(r.rate for r in here) * 400)
     fig.suptitle(f"One core, one run, medians; hatched: float64. {machine}", fontsize=9)
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -5,13 +5,13 @@ a: W1, VP, Gaussian data, 1000 steps, d = 1, 2, 8: million path-steps per core-s
 one with a faster lane generator, NumPy, torch, torchsde, jax and diffrax; bars reach over d = 1, 2, 8.
 
 Expected:
-    C++ Philox, float32, d = 1        1.77 +- 0.01
-    C++ Philox, float64, d = 8        1.376 +- 0.001
-    C++ lanes, float32, d = 1         0.65 +- 0.001
-    torchsde, float32, d = 2          50.05 +- 0.01
-    NumPy, float64, d = 1             3.945 +- 0.001
-    jax scan, float32, d = 2          5.368 +- 0.001
-    diffrax, float32, d = 1           4.691 +- 0.001
+    C++ Philox, float32, d = 1        2.03 +- 0.01
+    C++ Philox, float64, d = 8        1.814 +- 0.001
+    C++ lanes, float32, d = 1         0.746 +- 0.001
+    torchsde, float32, d = 2          56.62 +- 0.01
+    NumPy, float64, d = 1             5.108 +- 0.001
+    jax scan, float32, d = 2          6.452 +- 0.001
+    diffrax, float32, d = 1           5.437 +- 0.001
     largest z of a law                0 +- 5.5
 """
 
