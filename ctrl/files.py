@@ -56,11 +56,15 @@ def write_json(path: Path, content: Any) -> None:
 def kept(make: Callable[..., Any], *arguments: Any, needs: tuple[str, ...]) -> Any:
     """make(*arguments), of JSON's kinds, from the cache where an earlier process left it; made again when its code or what it `needs` has changed.
 
-    The code is that of `make` alone: it is to call nothing of this library. Where nothing can be written, nothing is kept.
+    The code is that of `make` alone: it is to call nothing of this library. Without its source, or a place to write, nothing is kept.
     Checked: tests/test_files.py::test_what_is_kept_is_what_would_be_made
     """
-    made_of = [inspect.getsource(make), arguments, {name: version(name) for name in needs}]
-    path = CACHE.expanduser() / f"{make.__name__}-{sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.json"
+    try:
+        code, folder = inspect.getsource(make), CACHE.expanduser()
+    except (OSError, RuntimeError):
+        return make(*arguments)
+    key = sha256(json.dumps([code, arguments, {name: version(name) for name in needs}]).encode()).hexdigest()
+    path = folder / f"{make.__name__}-{key[:16]}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -58,6 +58,15 @@ def test_where_nothing_can_be_written_nothing_is_kept(tmp_path, cache):
     assert one.calls == [0.7, 0.7]
 
 
+def test_without_its_source_nothing_is_kept(cache):
+    """As where a package is compiled, or defined at a prompt."""
+    made = {}
+    exec(CODE, made)
+    for _ in range(2):
+        assert files.kept(made["made"], 0.7, needs=("numpy",))[0] == 0.7 / 3
+    assert made["calls"] == [0.7, 0.7] and not cache.exists()
+
+
 def test_digits_and_formulas_are_the_same_from_the_cache(cache):
     """Fitted here and read back."""
     fresh = zoo.digit_classes.__wrapped__(1, 2)
