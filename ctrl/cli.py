@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import re
@@ -42,11 +41,7 @@ class Verify:
     """Cores to use, theorems side by side (default: all; the verdicts do not depend on it)."""
 
     def run(self) -> int:
-        from ctrl.parallel import awake, cores
-
-        some = 1 if self.resume else self.threads or cores()
-        with awake("ctrl.verify", min(some, 2 * len(self.only)) if self.only else some):  # which import what is imported here, at the same time
-            from ctrl.verify import Settings, verify
+        from ctrl.verify import Settings, verify
 
         rows = verify(Settings(self.quick, self.only, self.problem, self.out, self.resume, self.seed, self.threads))
         return 0 if all(row.holds is not False for row in rows) else 1
@@ -244,6 +239,4 @@ def missing(module: str) -> str:
 
 
 def entry() -> None:
-    code = main()
-    gc.freeze()  # a fifth of a second would go into looking for garbage among what ends with the process
-    sys.exit(code)
+    sys.exit(main())

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "scores-as-actions"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "scores-as-actions"
 
 
 def writable(out: Path) -> Path:
@@ -56,22 +56,24 @@ def write_json(path: Path, content: Any) -> None:
 def kept(make: Callable[..., Any], *arguments: Any, needs: tuple[str, ...]) -> Any:
     """make(*arguments), of JSON's kinds, from the cache where an earlier process left it; made again when its code or what it `needs` has changed.
 
-    The code is that of `make` alone: it is to call nothing of this library. Without its source, or a place to write, nothing is kept.
+    The code is that of `make` alone: it is to call nothing of this library. Without its source, versions or a place to write, nothing is kept.
     Checked: tests/test_files.py::test_what_is_kept_is_what_would_be_made
     """
     try:
-        code, folder = inspect.getsource(make), CACHE.expanduser()
-    except (OSError, RuntimeError):
+        code, folder, of = inspect.getsource(make), CACHE.expanduser(), {name: version(name) for name in needs}
+    except (OSError, RuntimeError, PackageNotFoundError):
         return make(*arguments)
-    key = sha256(json.dumps([code, arguments, {name: version(name) for name in needs}]).encode()).hexdigest()
+    key = sha256(json.dumps([code, arguments, of]).encode()).hexdigest()
     path = folder / f"{make.__name__}-{key[:16]}.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        made = make(*arguments)
+        if (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+            return found["made"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or another file by this name
+    made = make(*arguments)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(made))
+        write_text(path, json.dumps({"key": key, "made": made}))
     return made
 
 

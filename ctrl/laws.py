@@ -140,10 +140,15 @@ class GaussianMixture:
 
     @classmethod
     def of(cls, weights: Array, laws: Sequence[Gaussian | GaussianMixture]) -> GaussianMixture:
-        """sum_c w_c q_c of Gaussians and mixtures q_c, as one mixture of all their components."""
+        """sum_c w_c q_c / sum_c w_c of Gaussians and mixtures q_c, as one mixture of all their components that have any weight.
+
+        Source: theory.md, section 1.   Checked: tests/test_reward.py::test_class_posteriors_at_their_edges
+        """
         parts = [(np.ones(1), q.mean[None], q.cov[None]) if isinstance(q, Gaussian) else (q.weights, q.means, q.covs) for q in laws]
-        return cls(np.concatenate([w * part[0] for w, part in zip(weights, parts, strict=True)]),
-                   np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts]))
+        of_class, means, covs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        mass = np.repeat(weights / np.sum(weights), [len(part[0]) for part in parts]) * of_class
+        any_weight = mass > 0
+        return cls(mass[any_weight], means[any_weight], covs[any_weight])
 
     @property
     def dim(self) -> int:

@@ -33,14 +33,6 @@ def side_by_side(function: Callable[..., Any], arguments: Iterable[tuple[Any, ..
         yield from Parallel(n_jobs=workers, return_as="generator_unordered")(call(*a) for a in arguments)
 
 
-def cores() -> int:
-    """Of this machine, those that this process may use.
-
-    Checked: tests/test_sweep.py::test_processes_are_there_before_their_work
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def awake(module: str, workers: int) -> Iterator[None]:
     """Processes for a later `side_by_side` of so many workers start and import a module, while this one does what it has to do first.

@@ -191,7 +191,8 @@ class ClassLogPosteriorReward(Reward):
         return GaussianMixture.of(self.prior, self.laws)
 
     def value(self, x: Array) -> Array:
-        return np.log(self.prior[self.label]) + self.laws[self.label].log_density(x) - self.evidence.log_density(x)
+        r = np.log(self.prior[self.label] / self.prior.sum()) + self.laws[self.label].log_density(x) - self.evidence.log_density(x)
+        return r if np.iscomplexobj(r) else np.minimum(r, 0.0)  # rounding of two large numbers makes no probability above 1
 
     def gradient(self, x: Array) -> Array:
         return self.laws[self.label].score(x) - self.evidence.score(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import platform
 import shutil
@@ -20,7 +21,7 @@ from ctrl import check, report, zoo
 from ctrl.evidence import FALSE_ALARM, MISS
 from ctrl.files import environment, user_object, versions, writable, write_json, write_text
 from ctrl.laws import GaussianMixture
-from ctrl.parallel import asleep, awake, cores, side_by_side
+from ctrl.parallel import asleep, awake, side_by_side
 from ctrl.problem import Problem
 from ctrl.theorems.advantage import AdvantageRate
 from ctrl.theorems.deterministic_sampler import DeterministicSampler
@@ -242,7 +243,11 @@ def _rows(theorem: Theorem, case: Case) -> Iterator[Verdict]:
 
 
 def _workers(settings: Settings, tasks: int) -> int:
-    return min(settings.threads or cores(), tasks)
+    return min(settings.threads or _cores(), tasks)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _facts(settings: Settings, progress: Progress, seconds: float) -> dict[str, str]:
@@ -253,7 +258,7 @@ def _facts(settings: Settings, progress: Progress, seconds: float) -> dict[str, 
     return {
         "run": f"{'quick' if settings.quick else 'full'}, seed {settings.seed}, {settings.problem or 'all named problems'}",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "time": f"{seconds:.0f} s on up to {settings.threads or cores()} cores{' (resumed)' if settings.resume else ''}; {work:.0f} s of checks",
+        "time": f"{seconds:.0f} s on up to {settings.threads or _cores()} cores{' (resumed)' if settings.resume else ''}; {work:.0f} s of checks",
         "machine": f"{here['platform']}, {here['processor']}, {here['cores']} cores",
         "versions": commit + ", ".join(f"{name} {version}" for name, version in here["versions"].items())}
 

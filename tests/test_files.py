@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -45,9 +46,11 @@ def test_what_is_kept_is_what_would_be_made(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(files, "version", lambda name: "another")
     files.kept(one.made, 0.7, needs=("numpy",))
     assert one.calls == [0.7, 0.8, 0.7]
-    for path in cache.iterdir():
-        path.write_text(path.read_text()[:5])
-    assert files.kept(one.made, 0.7, needs=("numpy",)) == [0.7 / 3, {"of": "0.7"}] and one.calls[3:] == [0.7]
+    for spoilt in ("", '{"key', "null", "[]", "{}", '"text"', '{"key": "another", "made": 1}'):
+        for path in cache.iterdir():
+            path.write_text(spoilt)
+        assert files.kept(one.made, 0.7, needs=("numpy",)) == [0.7 / 3, {"of": "0.7"}]
+    assert one.calls[3:] == [0.7] * 7
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(tmp_path, cache):
@@ -65,6 +68,14 @@ def test_without_its_source_nothing_is_kept(cache):
     for _ in range(2):
         assert files.kept(made["made"], 0.7, needs=("numpy",))[0] == 0.7 / 3
     assert made["calls"] == [0.7, 0.7] and not cache.exists()
+
+
+def test_without_a_home_or_versions_nothing_is_kept(tmp_path, monkeypatch):
+    """As where a user has no entry, or a package no metadata."""
+    one = module(tmp_path / "one.py", CODE)
+    assert files.kept(one.made, 0.7, needs=("no-such-package",))[0] == 0.7 / 3
+    monkeypatch.setattr(files, "CACHE", Path("~no-such-user/cache"))
+    assert files.kept(one.made, 0.7, needs=("numpy",))[0] == 0.7 / 3 and one.calls == [0.7, 0.7]
 
 
 def test_digits_and_formulas_are_the_same_from_the_cache(cache):

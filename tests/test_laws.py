@@ -221,6 +221,8 @@ def test_sums_over_coordinates(d):
     np.testing.assert_allclose(dot(x, y), np.sum(x * y, axis=-1), rtol=1e-13, atol=1e-13)
     np.testing.assert_allclose(quadratic_form(x[0], S), np.sum((x[0] @ S) * x[0], axis=1), rtol=1e-13, atol=1e-13)
     assert np.abs(dot(x, y) - np.sum(np.conj(x) * y, axis=-1)).max() > 0.1  # planted: conjugated
+    z = rng.normal(size=(100, d))
+    assert [quadratic_form(row[None], S)[0] for row in z] == quadratic_form(z, S).tolist()  # each as if alone, to the bit
 
 
 @pytest.mark.parametrize(("dtype", "low", "compiled"), [(np.float64, -708.0, exp_64), (np.float32, -87.0, exp_32)])

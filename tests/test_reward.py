@@ -69,6 +69,18 @@ def test_class_posteriors_sum_to_one():
     np.testing.assert_allclose(total, 1, rtol=1e-12)
 
 
+def test_class_posteriors_at_their_edges():
+    """No probability above 1 where two large numbers round; priors as far from 1 as they may be; components without weight."""
+    laws, x = (Gaussian([0.0], [[1e-8]]), Gaussian([0.5], [[1e-8]])), np.linspace(-1, 1, 2001)[:, None]
+    assert ClassLogPosteriorReward(laws, [0.5, 0.5], 0).value(x).max() == 0
+    mixed = (GaussianMixture([1 / 3, 2 / 3 + 9e-9], [[0.0], [1.0]], [[[1.0]], [[0.5]]]), Gaussian([2.0], [[0.3]]))
+    total = sum(np.exp(ClassLogPosteriorReward(mixed, [0.4, 0.6 + 9e-9], c).value(x)) for c in (0, 1))
+    np.testing.assert_allclose(total, 1, rtol=1e-14)
+    faint, sure, zero = GaussianMixture([1e-200, 1 - 1e-200], [[0.0], [1.0]], [[[1.0]], [[0.5]]]), Gaussian([2.0], [[0.3]]), np.zeros((1, 1))
+    r = ClassLogPosteriorReward((faint, sure), [1e-150, 1 - 1e-150], 0).value(zero)
+    np.testing.assert_allclose(r, np.log(1e-150) + faint.log_density(zero) - sure.log_density(zero), rtol=1e-12)
+
+
 def test_callable_reward():
     x = np.random.default_rng(1).normal(size=(12, 3))
 
