@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import re
@@ -44,7 +43,6 @@ class Verify:
     def run(self) -> int:
         from ctrl.verify import Settings, verify
 
-        gc.freeze()  # what is imported stays, and is no place to look for garbage; nothing of the user's is there yet
         rows = verify(Settings(self.quick, self.only, self.problem, self.out, self.resume, self.seed, self.threads))
         return 0 if all(row.holds is not False for row in rows) else 1
 
@@ -207,6 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--only" in given and isinstance(command, Verify) and not command.only:
             raise ValueError("only: expected at least one theorem, got none")
         assert isinstance(command, (Verify, Bench, Zoo, Audit))  # the others were met above
+        if arguments is None and isinstance(command, Verify):
+            from ctrl.parallel import settle
+
+            settle("ctrl.verify")  # here alone, where the process is ours and nothing of the user's is there yet
         return command.run()
     except ModuleNotFoundError as error:
         print(f"ctrl: error: {missing(error.name or '')}", file=sys.stderr)

@@ -40,7 +40,7 @@ def awake(module: str, workers: int) -> Iterator[None]:
     Checked: tests/test_sweep.py::test_processes_are_there_before_their_work
     """
     def start() -> None:
-        list(side_by_side(_settled, [(module,)] * workers, workers))
+        list(side_by_side(settle, [(module,)] * workers, workers))
 
     thread = threading.Thread(target=start, daemon=True)
     if workers > 1:
@@ -52,8 +52,12 @@ def awake(module: str, workers: int) -> Iterator[None]:
             thread.join()
 
 
-def _settled(module: str) -> None:
-    """What is imported stays: the search for garbage leaves it alone from now on, which takes a tenth of a second each time otherwise."""
+def settle(module: str) -> None:
+    """Import a module for good: the search for garbage leaves what is there alone from now on, a tenth of a second each time and at the end.
+
+    Not in a process of the user's: what is garbage there would never be collected, and files in it never be flushed.
+    Checked: tests/test_cli.py::test_imports_are_settled_in_a_process_of_its_own
+    """
     import_module(module)
     gc.collect()
     gc.freeze()

@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 
 import ctrl
-from ctrl import cli, zoo
+from ctrl import cli, parallel, zoo
 from ctrl.torch import compare, finetune
 from ctrl.torch.methods import ALL
 
@@ -151,3 +151,18 @@ def test_light_commands_do_without_torch():
 print(cli.main(["--version"]), cli.main(["verify", "--seed", "x"]), {"torch", "matplotlib"} & {*sys.modules})"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout == f"ctrl {ctrl.__version__}\n0 2 set()\n" and ran.stderr.startswith("ctrl: error: --seed: ") and ran.stderr.count("\n") == 1
+
+
+def test_imports_are_settled_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    """Not in a caller's, whose garbage would stay; and what a user's file has written is in its file at the end."""
+    settled = []
+    monkeypatch.setattr(parallel, "settle", settled.append)
+    wrong = ["verify", "--only", "nothing", "--out", str(tmp_path)]
+    assert cli.main(wrong) == 2 and settled == []
+    monkeypatch.setattr(sys, "argv", ["ctrl", *wrong])
+    assert cli.main() == 2 and settled == ["ctrl.verify"]
+    own = ("class Log:", "    def __init__(self):", "        self.file, self.me = open('log', 'w'), self", "problem = Log()", "problem.file.write('kept')")
+    (tmp_path / "own.py").write_text("\n".join(own))
+    run = subprocess.run([sys.executable, "-m", "ctrl", "verify", "--problem", "own.py:problem"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and "expected problem in own.py to be a ctrl.Problem" in run.stderr
+    assert (tmp_path / "log").read_text() == "kept"

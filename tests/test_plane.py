@@ -611,23 +611,3 @@ def test_dispatch():
     cube = Problem(VP(0.1, 10.0), Gaussian(np.zeros(3), np.eye(3)), BumpReward(np.zeros(3), 1.0), 0.5)
     with pytest.raises(ValueError, match="at most 2 dimensions, for exact truth; got Gaussian"):
         ctrl.exact.evaluate(cube, cube.pretrained(grid), grid)
-
-
-def test_functions_that_change_in_place_are_asked_again():
-    """A network in training is one object with other numbers: truths of it are those of a new object, of policy and reward alike."""
-    base, at = ctrl.zoo.double_well_2d(), [0.0, 1.0]
-
-    def made():
-        reward = ctrl.CallableReward(lambda x: np.cos(at[1] * x[:, 0]), lambda x: -at[1] * np.sin(at[1] * x) * (np.arange(base.dim) == 0))
-        return replace(base, reward=reward), ctrl.CallablePolicy(lambda t, x, theta: base.score(t, x) + at[0], [0.0], dim=base.dim)
-
-    def truth(problem, policy):
-        grid = problem.grid(3)
-        return [x for p in (policy, problem.pretrained(grid)) for x in (
-            ctrl.exact.evaluate(problem, p, grid).objective, float(ctrl.exact.value(problem, p, grid)(0, np.zeros((1, base.dim)))[0]))]
-
-    kept, found, fresh = made(), [], []
-    for out, which in ((found, lambda: kept), (fresh, made)):
-        for at[:] in ([0.1, 1.0], [0.5, 2.0]):
-            out.append(truth(*which()))
-    assert found == fresh and np.abs(np.subtract(*found)).min() > 1e-3

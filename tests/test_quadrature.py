@@ -453,9 +453,10 @@ def test_a_jump_in_the_reward_warns():
         quadrature.evaluate(problem, problem.pretrained(problem.grid(8)), problem.grid(8))
 
 
-def test_functions_that_change_in_place_are_asked_again():
+@pytest.mark.parametrize("make", [ctrl.zoo.mixture_bump_1d, ctrl.zoo.double_well_2d], ids=lambda make: make.__name__)
+def test_functions_that_change_in_place_are_asked_again(make):
     """A network in training is one object with other numbers: truths of it are those of a new object, of policy and reward alike."""
-    base, at = ctrl.zoo.mixture_bump_1d(), [0.0, 1.0]
+    base, at = make(), [0.0, 1.0]
 
     def made():
         reward = ctrl.CallableReward(lambda x: np.cos(at[1] * x[:, 0]), lambda x: -at[1] * np.sin(at[1] * x) * (np.arange(base.dim) == 0))

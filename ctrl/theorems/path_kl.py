@@ -228,7 +228,8 @@ class PathKL(Theorem):
                 yield self.skipped(case, f"{tag}{what}: invisible, {invisible}")
             else:
                 yield self.planted_sampled(case, mean_test(squared @ weight - target, 0.0), f"{tag}{what}", right)
-        under_pre = np.concatenate([dot(off := departure_under(case.policy, run), off) @ (c.kappa * c.dt) for run in self._pre_runs(case, n)])
+        gaps = (departure_under(case.policy, run) for run in self._pre_runs(case, n))
+        under_pre = np.concatenate([dot(gap, gap) @ (c.kappa * c.dt) for gap in gaps])
         yield self.planted_sampled(case, mean_test(under_pre - target, 0.0), f"{tag}reverse KL, i.e. expectation over P_pre states", right)
         yield self.skipped(case, f"{tag}eta of the policy unlike eta of the reference: the joint law of a path is needed, i.e. Gaussian data")
 
