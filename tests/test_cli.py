@@ -161,7 +161,8 @@ def test_imports_are_settled_in_a_process_of_its_own(tmp_path, monkeypatch, caps
     assert cli.main(wrong) == 2 and settled == []
     monkeypatch.setattr(sys, "argv", ["ctrl", *wrong])
     assert cli.main() == 2 and settled == ["ctrl.verify"]
-    own = ("class Log:", "    def __init__(self):", "        self.file, self.me = open('log', 'w'), self", "problem = Log()", "problem.file.write('kept')")
+    own = ["class Log:", "    def __init__(self):", "        self.file, self.me = open('log', 'w'), self", "problem = Log()"]
+    own.append("problem.file.write('kept')")
     (tmp_path / "own.py").write_text("\n".join(own))
     run = subprocess.run([sys.executable, "-m", "ctrl", "verify", "--problem", "own.py:problem"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "expected problem in own.py to be a ctrl.Problem" in run.stderr
